@@ -1,0 +1,1 @@
+"""vmf: run, move and take apart virtual machines."""

@@ -1,0 +1,156 @@
+"""What a CPU backend plugin implements.
+
+Ownership: one thread per vCPU owns everything about it. `Vcpu.run`, `save`, `restore` and all device and interrupt
+code are called on that thread only; `kick` may be called from any thread at any time.
+
+Time: the TSC the guest reads is `host time based` while the vCPU exists; the core reads and writes it with
+`read_tsc`/`write_tsc` around pauses so that guest time does what the machine says (see `vmf.machine.clock`).
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from vmf.cpu.state import VcpuState
+
+if TYPE_CHECKING:
+    from vmf.cpuid.table import CpuidTable
+    from vmf.device.interrupts import InterruptController
+    from vmf.machine.bus import Bus
+    from vmf.machine.memory import GuestMemory
+
+
+class ExitReason(enum.Enum):
+    """Why `Vcpu.run` returned."""
+
+    KICKED = "kicked"
+    """`kick()` was called, or the deadline passed."""
+    HALTED = "halted"
+    """The guest executed HLT; no interrupt is deliverable. With RFLAGS.IF clear only an NMI or reset wakes it."""
+    SHUTDOWN = "shutdown"
+    """Triple fault."""
+    ERROR = "error"
+    """The engine cannot go on; `VmExit.detail` says why."""
+
+
+@frozen
+class VmExit:
+    """The result of one `Vcpu.run`. `detail` is one line for people, "" unless the reason is ERROR or SHUTDOWN."""
+
+    reason: ExitReason
+    detail: str = ""
+
+
+@frozen
+class Availability:
+    """Whether a backend can work here. `reason` and `remedy` are one line each, "" when usable.
+
+    `version` is the engine's own version, for people.
+    """
+
+    usable: bool
+    reason: str = ""
+    remedy: str = ""
+    version: str = ""
+
+
+@frozen
+class VcpuEnvironment:
+    """What a vCPU is made for.
+
+    Attributes:
+        memory: guest RAM; the backend maps `memory.regions` at `memory.address + region.offset`.
+        bus: where port and MMIO accesses go. Reads of what nobody claims give all ones.
+        interrupts: the interrupt controller to poll and acknowledge.
+        cpuid: the contract: every CPUID leaf the guest may see. The engine's own CPUID never shows through.
+        tsc_khz: rate of the guest's TSC; the backend refuses what it cannot give.
+    """
+
+    memory: GuestMemory
+    bus: Bus
+    interrupts: InterruptController
+    cpuid: CpuidTable
+    tsc_khz: int
+
+
+class Vcpu(ABC):
+    """One virtual CPU. Not thread-safe except `kick`."""
+
+    @abstractmethod
+    def run(self, deadline_ns: int | None) -> VmExit:
+        """Execute the guest until something ends the slice.
+
+        Before entering and after every port or MMIO access the backend asks `interrupts.pending()` and, as soon as
+        the guest can take it (IF set, no shadow), acknowledges and delivers it. It returns HALTED only when no
+        interrupt is pending-and-deliverable; the core then sleeps and calls `run` again.
+
+        Args:
+            deadline_ns: `time.monotonic_ns()` value by which to return KICKED (a little late is fine; early is not
+                an error), or None for no deadline.
+        """
+
+    @abstractmethod
+    def kick(self) -> None:
+        """Make the present or the next `run` return KICKED soon. Never lost, callable from any thread."""
+
+    @abstractmethod
+    def save(self) -> VcpuState:
+        """The complete state; the vCPU is between two instructions and stays usable."""
+
+    @abstractmethod
+    def restore(self, state: VcpuState) -> None:
+        """Take over a state. Raises StateError, naming the field, when this backend cannot hold it."""
+
+    @abstractmethod
+    def read_tsc(self) -> int:
+        """The guest's TSC now."""
+
+    @abstractmethod
+    def write_tsc(self, value: int) -> None:
+        """Set the guest's TSC; it counts on from there."""
+
+    @abstractmethod
+    def invalidate_code(self, gpa: int, size: int) -> None:
+        """RAM [gpa, gpa+size) was written from outside the engine: drop anything translated from it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; idempotent."""
+
+
+class CpuBackend(ABC):
+    """A way to execute x86-64 code."""
+
+    name: str
+    """As the user writes it in `--cpu-backend`, equal to the entry point's name."""
+    preference: int = 0
+    """`auto` tries usable backends from the highest preference down (KVM 100, Unicorn 10)."""
+
+    @abstractmethod
+    def availability(self) -> Availability:
+        """Whether it works here; cheap to call twice (cache it), never raises."""
+
+    @abstractmethod
+    def cpuid_capability(self) -> CpuidTable:
+        """Everything this backend can present *and execute* here: the widest contract it can honour."""
+
+    @abstractmethod
+    def tsc_khz(self) -> int:
+        """The TSC rate this backend gives a guest by default, kHz."""
+
+    def tsc_khz_supported(self, khz: int) -> bool:
+        """Whether a guest TSC of that rate can be given (within 250 ppm of the native rate unless scaling exists)."""
+        native = self.tsc_khz()
+        return abs(khz - native) * 4000 <= native
+
+    @abstractmethod
+    def create_vcpu(self, environment: VcpuEnvironment) -> Vcpu:
+        """Make the vCPU of a machine, in its reset state. Raises BackendUnavailable or StateError."""
+
+
+BackendFactory = Callable[[], CpuBackend]

@@ -1,0 +1,104 @@
+"""What a device plugin implements.
+
+A device is made once per machine by its plugin's `vmf_create_device` hook, gets its resources from the
+`DeviceEnvironment` in its constructor, and from then on is only touched on the vCPU thread (other threads post work
+with `environment.post`). Time comes from `environment.clock` and `environment.timers` only, so that pausing and
+teleporting carry it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+
+from vmf.device.interrupts import InterruptController, IrqLine
+
+if TYPE_CHECKING:
+    from vmf.machine.bus import Bus
+    from vmf.machine.clock import MachineClock
+    from vmf.machine.memory import GuestMemory
+    from vmf.machine.timers import TimerQueue
+
+
+@frozen
+class Payload:
+    """One device's saved state.
+
+    Attributes:
+        kind: stable name of the device model, e.g. "pc.uart16550".
+        version: of the body's layout; a reader refuses versions it does not know.
+        body: plain data (None, bool, int, str, bytes, list, dict with str keys), no floats.
+        instance: tells several devices of one kind apart.
+    """
+
+    kind: str
+    version: int
+    body: Mapping[str, Any] = field(factory=dict)
+    instance: int = 0
+
+
+@frozen
+class DeviceEnvironment:
+    """What a device may use.
+
+    Attributes:
+        bus: to claim ports and MMIO.
+        memory: guest RAM, for DMA.
+        clock: guest time in nanoseconds.
+        timers: call me at guest time T.
+        irq_line: `irq_line(n)` gives ISA interrupt line n; provided by the interrupt-controller device, which is
+            made first.
+        provide_interrupts: called by the interrupt-controller device to publish itself and its line factory.
+        post: run a callable on the vCPU thread soon; callable from any thread.
+        request_power_off, request_reset: ask the machine; callable on the vCPU thread.
+        serial_output: bytes the guest writes to its first serial port go here (any size, never blocks).
+        options: the machine's settings for this device.
+    """
+
+    bus: Bus
+    memory: GuestMemory
+    clock: MachineClock
+    timers: TimerQueue
+    irq_line: Callable[[int], IrqLine]
+    provide_interrupts: Callable[[InterruptController, Callable[[int], IrqLine]], None]
+    post: Callable[[Callable[[], None]], None]
+    request_power_off: Callable[[], None]
+    request_reset: Callable[[], None]
+    serial_output: Callable[[bytes], None]
+    options: Mapping[str, Any] = field(factory=dict)
+
+
+class Device(ABC):
+    """One device of a machine; touched on the vCPU thread only."""
+
+    kind: str
+    """As in `Payload.kind`."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Power-on state."""
+
+    def quiesce(self) -> None:
+        """The machine pauses: finish or park what is in flight, so that `save` sees all of it."""
+
+    @abstractmethod
+    def save(self) -> Payload:
+        """The complete state. Called after `quiesce`, on a paused machine."""
+
+    @abstractmethod
+    def restore(self, payload: Payload) -> None:
+        """Take over a state: unknown versions, missing and leftover fields raise StateError and change nothing."""
+
+    def migration_blocker(self) -> str:
+        """Why this device cannot teleport now, one line for people; "" when it can."""
+        return ""
+
+    def serial_input(self, data: bytes) -> int:
+        """Bytes typed at the console: how many were accepted. Devices without a serial port take none."""
+        return 0
+
+    def close(self) -> None:
+        """Free host resources; idempotent."""

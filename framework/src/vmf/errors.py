@@ -1,0 +1,125 @@
+"""The one hierarchy of errors that vmf raises on purpose.
+
+Every error carries what a person needs: the thing that went wrong, the reason, and the remedy. `str()` of an
+error is one line without jargon; the CLI prints it as it is and exits with `exit_status`.
+"""
+
+from __future__ import annotations
+
+
+class VmfError(Exception):
+    """Base of every error vmf raises on purpose.
+
+    Attributes:
+        message: what went wrong and why, naming the thing.
+        remedy: what to do about it, an imperative sentence, or "" where nothing can be done.
+    """
+
+    exit_status: int = 1
+    code: str = "error"
+    """A stable word for programs (`--json`, the control socket)."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class ConfigError(VmfError):
+    """A machine definition, option or file content is wrong; the message names the key."""
+
+    code = "config"
+    exit_status = 2
+
+
+class ImageError(VmfError):
+    """A kernel, initrd or bare-metal image is missing, truncated or of an unknown kind."""
+
+    code = "image"
+
+
+class PluginError(VmfError):
+    """A plugin cannot be found, imported or used; the message names it and its distribution."""
+
+    code = "plugin"
+
+
+class BackendUnavailable(PluginError):
+    """A CPU backend is installed but cannot work here."""
+
+    code = "backend-unavailable"
+
+
+class MachineError(VmfError):
+    """An operation on a machine failed."""
+
+    code = "machine"
+
+
+class InvalidStateError(MachineError):
+    """The operation is not legal in the machine's present state."""
+
+    code = "invalid-state"
+
+
+class NotFoundError(VmfError):
+    """No machine (or medium) of that name."""
+
+    code = "not-found"
+
+
+class ControlError(VmfError):
+    """The control socket of a machine's process did not do its part."""
+
+    code = "control"
+
+
+class StateError(VmfError):
+    """A saved state cannot be restored here: unknown kind or version, leftover or impossible field."""
+
+    code = "state"
+
+
+class TransportError(VmfError):
+    """A channel could not be opened, or broke."""
+
+    code = "transport"
+
+
+class TransportTimeout(TransportError):
+    """Nothing came, or nothing could be sent, within the time allowed."""
+
+    code = "transport-timeout"
+
+
+class TransportClosed(TransportError):
+    """The other side closed the channel."""
+
+    code = "transport-closed"
+
+
+class TeleportError(VmfError):
+    """A teleport did not happen; unless said otherwise the source machine goes on."""
+
+    code = "teleport"
+
+
+class TeleportCancelled(TeleportError):
+    """A teleport was cancelled on request before the handover."""
+
+    code = "teleport-cancelled"
+
+
+class LocalProtocolError(TeleportError):
+    """This side tried to send what the protocol does not allow now: a bug in vmf or in its caller."""
+
+    code = "protocol-local"
+
+
+class RemoteProtocolError(TeleportError):
+    """The other side sent bytes that the protocol does not allow."""
+
+    code = "protocol-remote"

@@ -1,0 +1,1 @@
+"""The machine: configuration, life cycle, guest memory, bus, clock and timers, boot."""

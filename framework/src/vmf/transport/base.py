@@ -1,0 +1,108 @@
+"""What a transport plugin implements.
+
+A channel is one reliable, ordered byte stream. One thread sends and one thread receives at a time; `shutdown` may
+be called from any thread and makes both return with TransportClosed. No call holds the GIL while it waits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from attrs import field, frozen
+
+Buffer = bytes | bytearray | memoryview
+ByteRanges = npt.NDArray[np.uint64]
+"""Shape (n, 2): offset and length in bytes of each range."""
+
+
+@frozen
+class Address:
+    """Where to listen or connect: `scheme:host:port`; port 0 listens on a free one."""
+
+    scheme: str
+    host: str
+    port: int
+    options: Mapping[str, Any] = field(factory=dict)
+    """Transport-specific settings (certificates and so on)."""
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}:{host}:{self.port}"
+
+
+class Channel(ABC):
+    """One byte stream. Errors: TransportTimeout, TransportClosed, TransportError."""
+
+    local: Address
+    remote: Address
+
+    @abstractmethod
+    def set_timeout(self, seconds: float | None) -> None:
+        """Longest time one send or receive call may make no progress; None waits for ever."""
+
+    @abstractmethod
+    def send(self, *buffers: Buffer) -> None:
+        """Send all bytes of all buffers, in order."""
+
+    @abstractmethod
+    def recv_into(self, buffer: memoryview) -> None:
+        """Fill the buffer completely."""
+
+    def send_ranges(self, base: memoryview, ranges: ByteRanges) -> None:
+        """Send `base[offset:offset+length]` of every row, in order. Override where the kernel can gather."""
+        for offset, length in ranges.tolist():
+            self.send(base[offset : offset + length])
+
+    def recv_ranges(self, base: memoryview, ranges: ByteRanges) -> None:
+        """Fill `base[offset:offset+length]` of every row, in order. Override where the kernel can scatter."""
+        for offset, length in ranges.tolist():
+            self.recv_into(base[offset : offset + length])
+
+    def unsent_bytes(self) -> int:
+        """Bytes accepted by `send` that the peer's host has not acknowledged yet; 0 where unknown."""
+        return 0
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Break the stream both ways and wake whoever waits on it; any thread; idempotent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the channel; idempotent."""
+
+
+class Listener(ABC):
+    """Waits for channels."""
+
+    address: Address
+    """Where it listens, with the port that was really taken."""
+
+    @abstractmethod
+    def accept(self, timeout: float | None) -> Channel:
+        """The next channel. Raises TransportTimeout, or TransportClosed after `shutdown`."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Wake `accept` for good; any thread; idempotent."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Transport(ABC):
+    """A way to make channels."""
+
+    scheme: str
+    """As in `scheme:host:port`, equal to the entry point's name."""
+
+    @abstractmethod
+    def listen(self, address: Address) -> Listener:
+        """Raises TransportError naming address, reason and remedy (port in use, no such address, no permission)."""
+
+    @abstractmethod
+    def connect(self, address: Address, timeout: float) -> Channel:
+        """Raises TransportError naming address, reason and remedy (unknown host, nobody listens, no route)."""

@@ -1,0 +1,1 @@
+"""The Unicorn CPU backend."""
