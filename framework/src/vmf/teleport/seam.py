@@ -1,0 +1,65 @@
+"""What a teleport needs of a machine; `vmf.machine.Machine` implements it, tests fake it.
+
+All methods are called on the teleport's own thread; the machine posts to its vCPU thread as needed and returns when
+the work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from vmf.device.base import Payload
+from vmf.machine.dirty import DirtyTracker
+from vmf.machine.memory import GuestMemory
+from vmf.teleport.check import Blocker
+
+
+class TeleportableMachine(Protocol):
+    """A machine as a teleport sees it, at either end."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def memory(self) -> GuestMemory: ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Its hardware, as plain data for the OFFER: everything that must agree, and nothing descriptive."""
+
+    def check(self, source: Mapping[str, Any]) -> Sequence[Blocker]:
+        """At the target: every difference between the source's description and this machine, all at once."""
+
+    def local_blockers(self, role: str) -> Sequence[Blocker]:
+        """What speaks against teleporting this machine now, regardless of the other side; role "source"/"target"."""
+
+    def open_dirty_tracker(self) -> DirtyTracker:
+        """A tracker over `memory`, not started yet."""
+
+    def set_throttle(self, fraction: float) -> None:
+        """Keep the vCPU from running for this fraction of the time, 0 to 0.99."""
+
+    def stop(self) -> bool:
+        """Stop the vCPU for the handover; True when it was running (False: the user had paused it). Fast."""
+
+    def save(self) -> Sequence[Payload]:
+        """vCPU, clock and devices of the stopped machine."""
+
+    def undo_stop(self) -> None:
+        """The teleport failed before the handover: go on as if nothing had happened (a paused machine stays so)."""
+
+    def mark_handed_over(self) -> None:
+        """HANDOVER was sent: this machine must not run again on its own."""
+
+    def mark_teleported(self) -> None:
+        """The target runs: this machine is done here."""
+
+    def restore(self, payloads: Sequence[Payload]) -> None:
+        """At the target: take over the state; raises StateError and changes nothing when it cannot."""
+
+    def resume(self, elapsed_ns: int, running: bool) -> None:
+        """At the target after HANDOVER: guest time first advances by `elapsed_ns` (downtime since the source's
+        clock was saved), then the vCPU runs, unless `running` is False. Never raises once restored."""
+
+    def discard_arrival(self) -> None:
+        """At the target: forget everything that arrived (RAM too) and be as before, waiting."""
