@@ -1,0 +1,344 @@
+"""The one bridge between discovery and hooks: what stevedore loaded is registered with pluggy and checked here.
+
+Theory of operation. Each plugin gets a PluginManager of its own that knows all of vmf's hook specifications. That
+keeps plugins apart by construction: one that does not validate spoils no shared registry, one module may serve two
+names, and "call this plugin's hook and no other's" needs no filtering. A plugin passes when
+
+- its `vmf_api_version` equals `API_VERSION`;
+- pluggy accepts its implementations' signatures, and every hook name is one that vmf specifies (`check_pending`);
+- its hooks belong to its entry-point group: a driver has the hook of its kind and no other, an observer at least one
+  of the observers' (a misplaced hook would otherwise never be called, in silence);
+- what the hook returns is of the type the specification says, and answers to the name it was found by.
+
+Plugins are set aside one by one: `problems` lists the errors, everything else goes on. Hot paths never come here;
+they hold the driver object that was returned once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pluggy
+
+from vmf.errors import BackendUnavailable, PluginError, VmfError
+from vmf.plugins import discovery, hookspecs
+from vmf.plugins.discovery import PluginEntry, describe
+from vmf.plugins.hookspecs import API_VERSION, GROUPS, PROJECT
+
+if TYPE_CHECKING:
+    from vmf.cpu.backend import CpuBackend
+    from vmf.cpuid.table import CpuidTable
+    from vmf.device.base import Device, DeviceEnvironment
+    from vmf.storage.base import StorageDriver
+    from vmf.teleport.check import Blocker
+    from vmf.transport.base import Transport
+
+log = logging.getLogger("vmf.plugins")
+
+DRIVER_HOOKS = {
+    "cpu": "vmf_cpu_backend",
+    "device": "vmf_create_device",
+    "storage": "vmf_storage_driver",
+    "transport": "vmf_transport",
+}
+"""Plugin kind to the one hook that its plugins implement; every other hook belongs to kind "hooks"."""
+
+
+class LoadedPlugin:
+    """An imported plugin that passed all checks that need no call of it."""
+
+    def __init__(self, entry: PluginEntry, plugin: Any) -> None:
+        self.entry = entry
+        self._manager = _validated(entry, plugin)
+        self.hooks = frozenset(caller.name for caller in self._manager.get_hookcallers(plugin) or ())
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """Call the plugin's own implementation; whatever it raises becomes a PluginError naming it."""
+        try:
+            return getattr(self._manager.hook, hook)(**arguments)
+        except (KeyboardInterrupt, VmfError):
+            raise  # a VmfError was written for people already: which setting is wrong, what is missing here
+        except BaseException as error:
+            raise PluginError(
+                f"The {self.entry} failed in its hook {hook}: {describe(error)}.",
+                f"Report this to the authors of {self.entry.distribution or self.entry.target}, or uninstall it.",
+            ) from error
+
+
+def _validated(entry: PluginEntry, plugin: Any) -> pluggy.PluginManager:
+    version = getattr(plugin, "vmf_api_version", None)
+    if version != API_VERSION:
+        said = "does not say for which version (vmf_api_version)" if version is None else f"is for version {version!r}"
+        raise PluginError(
+            f"The {entry} {said} of vmf's plugin interface, and this vmf has version {API_VERSION}.",
+            f"Install a version of {entry.distribution or 'it'} made for plugin interface {API_VERSION}.",
+        )
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    authors = f"Report this to the authors of {entry.distribution or entry.target}, or uninstall it."
+    try:
+        manager.register(plugin, name=f"{GROUPS[entry.kind]}:{entry.name}")
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(
+            f"The {entry} does not fit vmf's hook specifications: {' '.join(str(error).split())}.", authors
+        ) from error
+    present = {caller.name for caller in manager.get_hookcallers(plugin) or ()}
+    observers = {name for name in dir(hookspecs) if name.startswith("vmf_")} - set(DRIVER_HOOKS.values())
+    required = DRIVER_HOOKS.get(entry.kind)
+    allowed = observers if required is None else {required}
+    if required is None and not present & observers:
+        raise PluginError(f"The {entry} implements none of the hooks {', '.join(sorted(observers))}.", authors)
+    if required is not None and required not in present:
+        raise PluginError(f"The {entry} does not implement the hook {required}.", authors)
+    if misplaced := present - allowed:
+        kinds = {hook: kind for kind, hook in DRIVER_HOOKS.items()}
+        groups = sorted({GROUPS[kinds.get(hook, "hooks")] for hook in misplaced})
+        raise PluginError(
+            f"The {entry} implements {', '.join(sorted(misplaced))}, which is never called in the group"
+            f" {GROUPS[entry.kind]}; it belongs to an entry point of its own in {', '.join(groups)}.",
+            authors,
+        )
+    return manager
+
+
+class PluginRegistry:
+    """Plugins by kind and name, each imported when it is first asked for and once only. Thread-safe.
+
+    Attributes:
+        problems: what was set aside since this registry was made, as errors that name the plugin.
+        on_problem: called with each of them as it happens (default: log a warning).
+    """
+
+    def __init__(self, on_problem: Callable[[PluginError], None] | None = None) -> None:
+        self.problems: list[PluginError] = []
+        self._on_problem = on_problem
+        self._lock = threading.RLock()
+        self._loaded: dict[tuple[str, str], LoadedPlugin] = {}
+        self._drivers: dict[tuple[str, str], Any] = {}
+        self._hooks: Hooks | None = None
+
+    # -- drivers, one by name ------------------------------------------------------------------------------------
+
+    def cpu_backend(self, name: str) -> CpuBackend:
+        """The CPU backend of that name, whether or not it can work here. Raises PluginError."""
+        from vmf.cpu.backend import CpuBackend
+
+        backend: CpuBackend = self._driver("cpu", name, CpuBackend, "name")
+        return backend
+
+    def cpu_backends(self) -> list[CpuBackend]:
+        """Every installed CPU backend that loads, the most preferred first; the others land in `problems`."""
+        backends: list[CpuBackend] = []
+        for name in sorted({entry.name for entry in discovery.installed("cpu")}):
+            try:
+                backends.append(self.cpu_backend(name))
+            except PluginError as error:
+                self.report(error)
+        return sorted(backends, key=lambda backend: (-backend.preference, backend.name))
+
+    def choose_cpu_backend(self, name: str, accept: Callable[[CpuBackend], str] | None = None) -> CpuBackend:
+        """The backend for a machine's setting: a name, or "auto" for the most preferred one that works here.
+
+        Args:
+            accept: for "auto", gives the reason why a usable backend does not suit this machine, or "".
+
+        Raises BackendUnavailable naming every candidate's reason and remedy, or PluginError.
+        """
+        if name != "auto":
+            backend = self.cpu_backend(name)
+            here = backend.availability()
+            if not here.usable:
+                raise BackendUnavailable(
+                    f"The CPU backend '{name}' cannot work here: {here.reason.rstrip('.')}.", here.remedy
+                )
+            return backend
+        refusals = []
+        for backend in self.cpu_backends():
+            here = backend.availability()
+            reason = (accept(backend) if accept is not None else "") if here.usable else here.reason
+            if not reason:
+                return backend
+            refusals.append(f"{backend.name}: {reason.rstrip('.')}. {here.remedy}".strip())
+        refusals += [str(problem) for problem in self.problems if " cpu plugin " in f" {problem.message}"]
+        raise BackendUnavailable(
+            "No CPU backend can work here. " + " ".join(refusals), "Install one: pip install vmf-cpu-unicorn."
+        )
+
+    def transport(self, scheme: str) -> Transport:
+        """The transport for `scheme:host:port`. Raises PluginError."""
+        from vmf.transport.base import Transport
+
+        transport: Transport = self._driver("transport", scheme, Transport, "scheme")
+        return transport
+
+    def storage(self, scheme: str) -> StorageDriver:
+        """The storage driver for `scheme:...`. Raises PluginError."""
+        from vmf.storage.base import StorageDriver
+
+        driver: StorageDriver = self._driver("storage", scheme, StorageDriver, "scheme")
+        return driver
+
+    def devices(
+        self,
+        environment: DeviceEnvironment,
+        names: Iterable[str],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> list[Device]:
+        """Make the devices of these plugins, in this order, for one machine.
+
+        Args:
+            options: by plugin name, what that plugin finds in `environment.options`.
+
+        Raises PluginError; devices made before the error have been closed.
+        """
+        from vmf.device.base import Device
+
+        made: list[Device] = []
+        try:
+            for name in names:
+                plugin = self.load("device", name)
+                own = attrs.evolve(environment, options=dict((options or {}).get(name, {})))
+                result = plugin.call(DRIVER_HOOKS["device"], environment=own)
+                if isinstance(result, str) or not isinstance(result, Sequence):
+                    raise _wrong_result(plugin.entry, DRIVER_HOOKS["device"], result, "a list of Device objects")
+                made += (device for device in result if isinstance(device, Device))
+                for device in result:
+                    if not isinstance(device, Device):
+                        raise _wrong_result(plugin.entry, DRIVER_HOOKS["device"], device, "Device objects only")
+        except BaseException:
+            for device in made:
+                device.close()
+            raise
+        return made
+
+    @property
+    def hooks(self) -> Hooks:
+        """The observers and policies of kind "hooks"; loaded at first use, the broken ones set aside."""
+        with self._lock:
+            if self._hooks is None:
+                plugins = []
+                for name in sorted({entry.name for entry in discovery.installed("hooks")}):
+                    try:
+                        plugins.append(self.load("hooks", name))
+                    except PluginError as error:
+                        self.report(error)
+                self._hooks = Hooks(plugins, self.report)
+            return self._hooks
+
+    # -- the machinery -------------------------------------------------------------------------------------------
+
+    def load(self, kind: str, name: str) -> LoadedPlugin:
+        """Find, import and check one plugin. Raises PluginError."""
+        with self._lock:
+            key = (kind, name)
+            if key not in self._loaded:
+                entry = discovery.find(kind, name)
+                self._loaded[key] = LoadedPlugin(entry, discovery.load(entry))
+            return self._loaded[key]
+
+    def report(self, error: PluginError) -> None:
+        """Note a plugin that was set aside."""
+        with self._lock:
+            if any(error.message == known.message for known in self.problems):
+                return
+            self.problems.append(error)
+        if self._on_problem is not None:
+            self._on_problem(error)
+        else:
+            log.warning("%s", error)
+
+    def _driver(self, kind: str, name: str, expected: type[Any], attribute: str) -> Any:
+        with self._lock:
+            key = (kind, name)
+            if key not in self._drivers:
+                plugin = self.load(kind, name)
+                hook = DRIVER_HOOKS[kind]
+                driver = plugin.call(hook)
+                if not isinstance(driver, expected):
+                    raise _wrong_result(plugin.entry, hook, driver, f"a {expected.__name__}")
+                answered = getattr(driver, attribute, None)
+                if answered != name:
+                    raise PluginError(
+                        f"The {plugin.entry} calls itself {attribute}={answered!r}, but its entry point '{name}'.",
+                        f"Report this to the authors of {plugin.entry.distribution or plugin.entry.target}.",
+                    )
+                self._drivers[key] = driver
+            return self._drivers[key]
+
+
+def _wrong_result(entry: PluginEntry, hook: str, result: object, expected: str) -> PluginError:
+    return PluginError(
+        f"The {entry} returned {type(result).__name__} from its hook {hook}, where {expected} is specified.",
+        f"Report this to the authors of {entry.distribution or entry.target}, or uninstall it.",
+    )
+
+
+class Hooks:
+    """The many-to-one hooks. Callable from any thread; calls of one observer are not serialised.
+
+    Observers (state changes, teleport phases) that raise are reported by name and never called again. Policies and
+    checks that raise are not skipped: they were installed to forbid something, so their failure forbids it.
+    """
+
+    def __init__(self, plugins: Iterable[LoadedPlugin], report: Callable[[PluginError], None]) -> None:
+        self._plugins = tuple(plugins)
+        self._report = report
+
+    def machine_state_changed(self, name: str, old: str, new: str) -> None:
+        """Tell the observers; never raises."""
+        self._observe("vmf_machine_state_changed", name=name, old=old, new=new)
+
+    def teleport_phase(self, name: str, role: str, phase: str) -> None:
+        """Tell the observers; never raises."""
+        self._observe("vmf_teleport_phase", name=name, role=role, phase=phase)
+
+    def preflight_check(self, name: str, role: str, description: Mapping[str, object]) -> list[Blocker]:
+        """Everything that speaks against a teleport now; a check that fails is itself a blocker."""
+        from vmf.teleport.check import Blocker
+
+        blockers: list[Blocker] = []
+        for plugin in self._implementing("vmf_preflight_check"):
+            try:
+                for results in plugin.call("vmf_preflight_check", name=name, role=role, description=description):
+                    for blocker in results:
+                        if not isinstance(blocker, Blocker):
+                            raise _wrong_result(plugin.entry, "vmf_preflight_check", blocker, "Blocker objects only")
+                        blockers.append(blocker)
+            except (VmfError, TypeError) as error:
+                remedy = error.remedy if isinstance(error, VmfError) else "Report this to the plugin's authors."
+                reason = error.message if isinstance(error, VmfError) else describe(error)
+                values = (f"failed ({reason})", "-") if role == "source" else ("-", f"failed ({reason})")
+                blockers.append(Blocker(f"preflight check '{plugin.entry.name}'", *values, remedy))
+        return blockers
+
+    def cpuid_policy(self, name: str, contract: CpuidTable) -> list[CpuidTable]:
+        """The restricted contracts that the policies answered; the caller intersects them. Raises PluginError."""
+        from vmf.cpuid.table import CpuidTable
+
+        answers: list[CpuidTable] = []
+        for plugin in self._implementing("vmf_cpuid_policy"):
+            for answer in plugin.call("vmf_cpuid_policy", name=name, contract=contract):
+                if not isinstance(answer, CpuidTable):
+                    raise _wrong_result(plugin.entry, "vmf_cpuid_policy", answer, "a CpuidTable or None")
+                answers.append(answer)
+        return answers
+
+    def _implementing(self, hook: str) -> list[LoadedPlugin]:
+        return [plugin for plugin in self._plugins if hook in plugin.hooks]
+
+    def _observe(self, hook: str, **arguments: Any) -> None:
+        for plugin in self._implementing(hook):
+            try:
+                plugin.call(hook, **arguments)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - an observer must not stop vmf, SystemExit included
+                self._plugins = tuple(each for each in self._plugins if each is not plugin)
+                reason = error.message if isinstance(error, PluginError) else f"The {plugin.entry}: {describe(error)}."
+                remedy = error.remedy if isinstance(error, VmfError) else ""
+                self._report(PluginError(f"{reason} It is not called any more.", remedy))
