@@ -328,6 +328,15 @@ class Hooks:
                 answers.append(answer)
         return answers
 
+    def call(self, hook: str, **arguments: Any) -> list[Any]:
+        """Call a hook by its specified name, under the same rules; the answers, one per plugin that gave one."""
+        if hook == "vmf_preflight_check":
+            return [self.preflight_check(**arguments)]
+        if hook == "vmf_cpuid_policy":
+            return list(self.cpuid_policy(**arguments))
+        self._observe(hook, **arguments)
+        return []
+
     def _implementing(self, hook: str) -> list[LoadedPlugin]:
         return [plugin for plugin in self._plugins if hook in plugin.hooks]
 

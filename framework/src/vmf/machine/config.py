@@ -1,0 +1,420 @@
+"""What a machine is: its definition as the user wrote it, checked completely before anything is made of it.
+
+The form on disk is TOML with one table per section; the form in memory is `MachineConfig`, immutable and always
+valid. Every field carries the check that its value must pass, so that a file, the command line and a Python program
+are judged by the same rules, and all problems are found in one go: `ConfigErrors.problems` lists each with its key,
+the value, the reason and the remedy.
+
+To add a setting: a field made with `_setting`. To add a section: a frozen class of such fields, and a field of that
+class in `MachineConfig`; reading, writing, unknown keys and error messages follow from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+import uuid as uuidlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from vmf.errors import ConfigError
+
+FORMAT_VERSION = 1
+"""Of the TOML file. Readers refuse newer ones."""
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_MEMORY_MIB = 1 << 20
+MAX_FILE_BYTES = 1 << 20
+
+
+@frozen
+class Problem:
+    """One wrong setting.
+
+    Attributes:
+        key: as written in the file, sections with a dot ("teleporter.port").
+        value: as written, shortened; "" for a missing key.
+        reason: why it cannot be.
+        remedy: what to do.
+    """
+
+    key: str
+    value: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        value = f" = {self.value}" if self.value else ""
+        return f"{self.key}{value}: {self.reason}. {self.remedy}"
+
+
+class ConfigErrors(ConfigError):
+    """Every problem of one definition, together."""
+
+    def __init__(self, message: str, remedy: str = "", problems: tuple[Problem, ...] = ()) -> None:
+        super().__init__(message, remedy)
+        self.problems = problems
+
+    @classmethod
+    def of(cls, where: str, problems: list[Problem]) -> ConfigErrors:
+        """The error for one or more problems in `where`."""
+        if len(problems) == 1:
+            only = problems[0]
+            value = f" = {only.value}" if only.value else ""
+            return cls(f"{where}: {only.key}{value}: {only.reason}.", only.remedy, (only,))
+        listed = " ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1))
+        return cls(f"{where}: {len(problems)} settings are wrong: {listed}", "", tuple(problems))
+
+
+class _Bad(ValueError):
+    """What a check raises; the caller knows the key."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+Check = Callable[[Any], None]
+
+
+def _setting(check: Check, **arguments: Any) -> Any:
+    return attrs.field(metadata={"check": check}, **arguments)
+
+
+def _section(section: type[Any]) -> Any:
+    return attrs.field(factory=section, metadata={"section": section})
+
+
+# -- checks: each raises _Bad -----------------------------------------------------------------------------------------
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value) if not isinstance(value, str) else '"' + value.replace("\n", "\\n") + '"'
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _text(limit: int, *, newlines: bool = False) -> Check:
+    def check(value: Any) -> None:
+        if not isinstance(value, str):
+            raise _Bad(f"is {_kind(value)}, not a text", "Write it in quotes.")
+        if len(value.encode("utf-8", "surrogatepass")) > limit:
+            raise _Bad(f"is longer than {limit} bytes", "Shorten it.")
+        control = [char for char in value if ord(char) < 32 and not (newlines and char in "\n\t")] + (
+            [char for char in value if 0xD800 <= ord(char) < 0xE000 or char == "\x7f"]
+        )
+        if control:
+            raise _Bad(f"contains the control character {control[0]!r}", "Remove it.")
+
+    return check
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number with a fraction", str: "a text"}
+    names |= {list: "a list", dict: "a section"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _whole(low: int, high: int, unit: str) -> Check:
+    def check(value: Any) -> None:
+        if type(value) is not int:
+            raise _Bad(f"is {_kind(value)}, not a whole number", f"Give {unit}, {low} to {high}.")
+        if not low <= value <= high:
+            raise _Bad(f"is outside {low} to {high}", f"Give {unit}, {low} to {high}.")
+
+    return check
+
+
+def _switch(value: Any) -> None:
+    if type(value) is not bool:
+        raise _Bad(f"is {_kind(value)}, neither true nor false", "Write true or false.")
+
+
+def check_name(value: Any) -> None:
+    """Raise ConfigError unless it can be a machine's name."""
+    try:
+        _name(value)
+    except _Bad as bad:
+        raise ConfigErrors.of("machine name", [Problem("name", _show(value), bad.reason, bad.remedy)]) from None
+
+
+def _name(value: Any) -> None:
+    _text(64)(value)
+    if not NAME_PATTERN.fullmatch(value):
+        raise _Bad(
+            "is not a machine name",
+            "Use 1 to 64 of the characters A-Z a-z 0-9 . _ - beginning with a letter or digit.",
+        )
+
+
+def _uuid(value: Any) -> None:
+    _text(36)(value)
+    try:
+        if str(uuidlib.UUID(value)) == value.lower():
+            return
+    except ValueError:
+        pass
+    raise _Bad("is not a UUID", "Write 32 hexadecimal digits as 8-4-4-4-12, or leave it out to get a new one.")
+
+
+def _plugin_name(value: Any) -> None:
+    _text(64)(value)
+    if not NAME_PATTERN.fullmatch(value):
+        raise _Bad("is not a plugin's name", "`vmf list plugins` shows the names.")
+
+
+def _device_names(value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of device plugins, like ["pc"].')
+    for name in value:
+        _plugin_name(name)
+    if len(set(value)) != len(value):
+        twice = next(name for name in value if list(value).count(name) > 1)
+        raise _Bad(f"names {twice!r} more than once", "Name each device plugin once.")
+    if not value or len(value) > 64:
+        raise _Bad("is empty" if not value else "has more than 64 entries", 'The usual list is ["pc"].')
+
+
+def _device_options(value: Any) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(each, Mapping) for each in value.values()):
+        raise _Bad("is not a section of sections", "Write a [device_options.NAME] section for each device plugin.")
+
+
+def _path(value: Any) -> None:
+    if value is None:
+        return
+    _text(4096)(value)
+    if not value:
+        raise _Bad("is empty", "Give the file's path, or leave the key out.")
+    if not os.path.isabs(value):
+        raise _Bad("is not an absolute path", f"Write the whole path, like {os.path.abspath(value)}.")
+
+
+def _address(value: Any) -> None:
+    _text(255)(value)
+    if not value:
+        raise _Bad("is empty", 'Write "0.0.0.0" to listen on every IPv4 address of this host.')
+    try:
+        ipaddress.ip_address(value.partition("%")[0])
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", value):
+            raise _Bad(
+                "is neither an IP address nor a host name", "Give an address of this host, like 127.0.0.1 or ::1."
+            ) from None
+
+
+# -- the definition ---------------------------------------------------------------------------------------------------
+
+
+@frozen
+class TeleporterConfig:
+    """Section `teleporter`: whether the machine, when started, waits for a teleport, and where.
+
+    Attributes:
+        enabled: wait instead of booting.
+        port: 0 to 65535; 0 takes a free one.
+        address: of this host; where to listen.
+        transport: name of the transport plugin.
+    """
+
+    enabled: bool = _setting(_switch, default=False)
+    port: int = _setting(_whole(0, 65535, "a TCP port"), default=0)
+    address: str = _setting(_address, default="0.0.0.0")
+    transport: str = _setting(_plugin_name, default="tcp")
+
+
+@frozen
+class MachineConfig:
+    """One machine's definition. Making one checks it; ConfigErrors lists everything that is wrong.
+
+    Attributes:
+        name: unique on a host.
+        uuid: identifies the definition; descriptive.
+        description: free text; descriptive, never compared by a teleport.
+        memory_mib: guest RAM, MiB.
+        cpu_backend: "auto" or the name of a CPU backend plugin.
+        kernel, initrd: files to boot, absolute paths; None for none.
+        cmdline: kernel command line.
+        image: a bare-metal flat or ELF image instead of a kernel.
+        devices: device plugins in the order in which they are made, interrupt controller first.
+        device_options: by device plugin, its own settings.
+        teleporter: waiting for a teleport.
+    """
+
+    name: str = _setting(_name)
+    memory_mib: int = _setting(_whole(1, MAX_MEMORY_MIB, "an amount of memory in MiB"))
+    uuid: str = _setting(_uuid, factory=lambda: str(uuidlib.uuid4()))
+    description: str = _setting(_text(4096, newlines=True), default="")
+    cpu_backend: str = _setting(_plugin_name, default="auto")
+    kernel: str | None = _setting(_path, default=None)
+    initrd: str | None = _setting(_path, default=None)
+    cmdline: str = _setting(_text(2047), default="")
+    image: str | None = _setting(_path, default=None)
+    devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=lambda names: _frozen_list(names))
+    device_options: Mapping[str, Mapping[str, Any]] = _setting(_device_options, factory=dict)
+    teleporter: TeleporterConfig = _section(TeleporterConfig)  # noqa: RUF009 - makes an attrs field
+
+    def __attrs_post_init__(self) -> None:
+        problems = _problems_of(self) + _conflicts(attrs.asdict(self, recurse=False))
+        if problems:
+            raise ConfigErrors.of(f"machine {_show(self.name)}", problems)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> MachineConfig:
+        """Read plain data as it comes from TOML (without the file's `version`).
+
+        Raises ConfigErrors with every wrong, missing and unknown key, beginning with `where`.
+        """
+        problems: list[Problem] = []
+        arguments = _structured(cls, data, "", problems)
+        if not problems:
+            problems = _conflicts(arguments)
+        if problems:
+            raise ConfigErrors.of(where, problems)
+        made: MachineConfig = _converter().structure(data, cls)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for TOML or JSON; settings that are not set (None) are left out."""
+        plain = _converter().unstructure(self)
+        return {key: value for key, value in plain.items() if value is not None and value != {}}
+
+
+def _frozen_list(names: Any) -> Any:
+    return tuple(names) if isinstance(names, list | tuple) else names
+
+
+def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong between settings that are each right."""
+    found = []
+    if values.get("kernel") and values.get("image"):
+        found.append(
+            Problem("image", _show(values["image"]), "is set as well as kernel", "Keep one: a kernel or an image.")
+        )
+    for key in ("initrd", "cmdline"):
+        if values.get(key) and not values.get("kernel"):
+            found.append(
+                Problem(key, _show(values[key]), "needs a kernel", f"Set kernel (--kernel FILE) or drop {key}.")
+            )
+    devices = values.get("devices", ("pc",))
+    for name in values.get("device_options", {}):
+        if isinstance(devices, list | tuple) and name not in devices:
+            found.append(
+                Problem(
+                    f"device_options.{name}", "", f"{_show(name)} is not in devices", "Add it there, or drop the section."
+                )
+            )
+    return found
+
+
+def _problems_of(config: Any, prefix: str = "") -> list[Problem]:
+    """Run every field's check on an object made in Python."""
+    problems: list[Problem] = []
+    for field in attrs.fields(type(config)):
+        value = getattr(config, field.name)
+        section = field.metadata.get("section")
+        if section is None:
+            _try(field.metadata["check"], prefix + field.name, value, problems)
+        elif isinstance(value, section):
+            problems += _problems_of(value, f"{prefix}{field.name}.")
+        else:
+            problems.append(Problem(prefix + field.name, _show(value), "is not a section", f"Use {section.__name__}."))
+    return problems
+
+
+def _structured(cls: type[Any], data: Any, prefix: str, problems: list[Problem]) -> dict[str, Any]:
+    """Check plain data against a class of settings; the values that are there."""
+    if not isinstance(data, Mapping):
+        key = prefix.rstrip(".") or "the file"
+        problems.append(Problem(key, _show(data), f"is {_kind(data)}, not a section", f"Write [{key}] and its keys."))
+        return {}
+    fields = {field.name: field for field in attrs.fields(cls)}
+    for key in data:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"Did you mean {prefix}{close[0]}?" if close else f"Known are {', '.join(fields)}."
+            problems.append(Problem(f"{prefix}{key}", _show(data[key]), "is not a setting", remedy))
+    for name, field in fields.items():
+        if name not in data:
+            if field.default is attrs.NOTHING:
+                problems.append(Problem(prefix + name, "", "is missing", "Add it."))
+        elif "section" in field.metadata:
+            _structured(field.metadata["section"], data[name], f"{prefix}{name}.", problems)
+        else:
+            _try(field.metadata["check"], prefix + name, data[name], problems)
+    return {name: data[name] for name in fields if name in data}
+
+
+def _try(check: Check, key: str, value: Any, problems: list[Problem]) -> None:
+    try:
+        check(value)
+    except _Bad as bad:
+        problems.append(Problem(key, _show(value), bad.reason, bad.remedy))
+
+
+def _converter() -> Any:
+    """cattrs turns checked plain data into objects and back; imported late, as only reading and writing need it."""
+    global _made
+    if _made is None:
+        import cattrs
+
+        _made = cattrs.Converter(forbid_extra_keys=True, unstruct_collection_overrides={tuple: list})
+    return _made
+
+
+_made: Any = None
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def parse(text: str, where: str) -> MachineConfig:
+    """Read a definition from TOML text. Raises ConfigError; messages begin with `where`."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}.", "Correct that line, or create the machine anew.") from (
+            None
+        )
+    version = data.pop("version", None)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        reason = "is missing" if version is None else "is not a version that this vmf reads"
+        problem = Problem(
+            "version", "" if version is None else _show(version), reason, f"This vmf reads version {FORMAT_VERSION}."
+        )
+        raise ConfigErrors.of(where, [problem])
+    return MachineConfig.from_dict(data, where)
+
+
+def load(path: Path) -> MachineConfig:
+    """Read a definition file. Raises ConfigError naming the file and key; FileNotFoundError when there is none."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes.", "It is not a machine definition.")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8.") from None
+    return parse(text, str(path))
+
+
+def dump(config: MachineConfig) -> str:
+    """The TOML text that `parse` reads back."""
+    import tomli_w
+
+    return tomli_w.dumps({"version": FORMAT_VERSION} | config.to_dict())
