@@ -1,0 +1,338 @@
+"""The hardware of one machine: RAM, bus, clock, timers, devices and vCPU, assembled from plugins.
+
+Everything that touches devices or the vCPU runs on the vCPU thread; the public methods here get it there. What the
+user may do and when is the business of `vmf.machine.machine`; how a state travels is that of `vmf.teleport`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+from vmf.cpu import codec
+from vmf.cpu.backend import CpuBackend, Vcpu, VcpuEnvironment, VmExit
+from vmf.cpu.state import VcpuState
+from vmf.cpuid.table import CpuidTable
+from vmf.device.base import Device, DeviceEnvironment, Payload
+from vmf.device.interrupts import InterruptController, IrqLine
+from vmf.errors import ConfigError, StateError
+from vmf.machine.bus import Bus
+from vmf.machine.clock import MachineClock
+from vmf.machine.console import SerialConsole
+from vmf.machine.memory import MIB, PAGE_SIZE, GuestMemory
+from vmf.machine.timers import TimerQueue
+from vmf.machine.vcpu_thread import VcpuThread
+
+VCPU_KIND = "vmf.vcpu"
+CLOCK_KIND = "vmf.clock"
+CONSOLE_KIND = "vmf.console"
+
+CONSOLE_RETRY_NS = 1_000_000
+"""How soon input that the serial port had no room for is offered again."""
+
+DeviceFactory = Callable[[DeviceEnvironment], Sequence[Device]]
+
+
+class Hardware:
+    """One machine's hardware. Made powered on but with nothing loaded; `close` frees it."""
+
+    def __init__(
+        self,
+        name: str,
+        memory_mib: int,
+        backend: CpuBackend,
+        make_devices: DeviceFactory,
+        console: SerialConsole,
+        *,
+        on_exit: Callable[[VmExit], None],
+        on_crash: Callable[[BaseException], None],
+        request_power_off: Callable[[], None],
+        request_reset: Callable[[], None],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.memory = GuestMemory(memory_mib * MIB)
+        self.bus = Bus()
+        self.clock = MachineClock()
+        self.timers = TimerQueue(self.clock)
+        self.console = console
+        self.tsc_khz = 0
+        self.cpuid = CpuidTable()
+        self._controller: InterruptController | None = None
+        self._lines: Callable[[int], IrqLine] | None = None
+        self._vcpu: Vcpu | None = None
+        self._frozen_tsc: int | None = None
+        self.held = True
+        """Somebody wants the vCPU stopped: only `run` lets it go on. vCPU thread."""
+        self._console_timer = self.timers.timer(self._offer_input)
+        self.thread = VcpuThread(name, self.clock, self.timers, on_exit, on_crash)
+        environment = DeviceEnvironment(
+            bus=self.bus,
+            memory=self.memory,
+            clock=self.clock,
+            timers=self.timers,
+            irq_line=self._irq_line,
+            provide_interrupts=self._provide_interrupts,
+            post=self.thread.post,
+            request_power_off=request_power_off,
+            request_reset=request_reset,
+            serial_output=console.output,
+            options=options or {},
+        )
+        self.devices: tuple[Device, ...] = ()
+        try:
+            self.devices = tuple(self.thread.call(lambda: make_devices(environment)))
+            if self._controller is None:
+                raise ConfigError(
+                    f"machine {name}: none of its devices is an interrupt controller.",
+                    'Add "pc" to `devices` in its definition.',
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    # -- assembly
+
+    def _provide_interrupts(self, controller: InterruptController, lines: Callable[[int], IrqLine]) -> None:
+        if self._controller is not None:
+            raise ConfigError("two devices both want to be the interrupt controller.")
+        self._controller, self._lines = controller, lines
+
+    def _irq_line(self, number: int) -> IrqLine:
+        if self._lines is None:
+            raise ConfigError(
+                f"a device asks for interrupt line {number} before any interrupt controller exists.",
+                'Put "pc" first in `devices`.',
+            )
+        return self._lines(number)
+
+    def plug_vcpu(self, cpuid: CpuidTable, tsc_khz: int) -> None:
+        """Make the vCPU for a contract (again, when there was one). Takes tens of milliseconds."""
+
+        def plug() -> None:
+            assert self._controller is not None
+            if self._vcpu is not None:
+                self.thread.attach(None)
+                self._vcpu.close()
+                self._vcpu = None
+            environment = VcpuEnvironment(
+                memory=self.memory, bus=self.bus, interrupts=self._controller, cpuid=cpuid, tsc_khz=tsc_khz
+            )
+            self._vcpu = self.backend.create_vcpu(environment)
+            self.cpuid, self.tsc_khz = cpuid, tsc_khz
+            self.thread.attach(self._vcpu)
+
+        self.thread.call(plug)
+
+    @property
+    def vcpu(self) -> Vcpu:
+        if self._vcpu is None:
+            raise StateError("the machine has no vCPU yet.")
+        return self._vcpu
+
+    # -- life
+
+    def power_on(self, load: Callable[[GuestMemory], VcpuState], *, keep_mapping: bool = False) -> None:
+        """Reset everything, load the guest and leave it stopped before its first instruction.
+
+        With `keep_mapping` RAM is cleared by writing, so that a dirty tracker sees it.
+        """
+
+        def reset() -> None:
+            if keep_mapping:
+                for first, end in self.memory.touched_ranges().tolist():
+                    np.frombuffer(self.memory.buffer, dtype=np.uint64)[
+                        first * PAGE_SIZE // 8 : end * PAGE_SIZE // 8
+                    ] = 0
+            else:
+                self.memory.clear()
+            for device in self.devices:
+                device.reset()
+            state = load(self.memory)
+            self.vcpu.restore(attrs.evolve(state, tsc=0, tsc_khz=self.tsc_khz))
+            self.vcpu.invalidate_code(0, self.memory.size)
+            self._frozen_tsc = None
+
+        self.thread.call(reset)
+
+    def run(self) -> None:
+        """Let the vCPU run; guest time goes on from where it stood."""
+
+        def run() -> None:
+            self.held = False
+            if self.thread.running:
+                return
+            if self._frozen_tsc is not None:
+                self.vcpu.write_tsc(self._frozen_tsc)
+                self._frozen_tsc = None
+            self.clock.start()
+            self.thread.set_running(True)
+
+        self.thread.call(run)
+
+    def halt(self, *, freeze_time: bool) -> None:
+        """Stop the vCPU between two instructions.
+
+        Args:
+            freeze_time: guest time stands still until `run` (a user's pause); otherwise it goes on (a teleport,
+                whose failure must leave no gap).
+        """
+
+        def halt() -> None:
+            self.held = True
+            self.thread.set_running(False)
+            if freeze_time and self.clock.running:
+                self.clock.stop()
+                self._frozen_tsc = self.vcpu.read_tsc()
+
+        self.thread.call(halt)
+
+    def type(self, data: bytes) -> int:
+        """Input for the guest's first serial port; how many bytes were taken."""
+        taken = self.console.type(data)
+        self.thread.post(self._offer_input)
+        return taken
+
+    def _offer_input(self) -> None:
+        for device in self.devices:
+            self.console.feed(device.serial_input)
+        if self.console.has_input and self._console_timer.deadline is None:
+            self._console_timer.arm(self.clock.now() + CONSOLE_RETRY_NS)
+
+    # -- state
+
+    def save(self) -> list[Payload]:
+        """The complete state of the stopped machine, RAM excepted."""
+
+        def save() -> list[Payload]:
+            for device in self.devices:
+                device.quiesce()
+            state = self.vcpu.save()
+            guest_ns = self.clock.now()
+            if self._frozen_tsc is not None:
+                state = attrs.evolve(state, tsc=self._frozen_tsc)
+            return [
+                Payload(CLOCK_KIND, 1, {"guest_ns": guest_ns}),
+                Payload(VCPU_KIND, codec.FORMAT_VERSION, codec.to_plain(state)),
+                Payload(CONSOLE_KIND, 1, {"pending_input": self.console.pending_input()}),
+                *(
+                    attrs.evolve(device.save(), instance=instance)
+                    for device, (_, instance) in zip(self.devices, self.device_keys(), strict=True)
+                ),
+            ]
+
+        return self.thread.call(save)
+
+    def restore(self, payloads: Sequence[Payload]) -> None:
+        """Take over a saved state; RAM is in place. Leaves the machine stopped. Raises StateError.
+
+        After an error parts of the state may have been taken: reset before using the machine.
+        """
+
+        def restore() -> None:
+            waiting: dict[tuple[str, int], Payload] = {}
+            for payload in payloads:
+                if (payload.kind, payload.instance) in waiting:
+                    raise StateError(f"the state of {payload.kind} #{payload.instance} came twice.")
+                waiting[payload.kind, payload.instance] = payload
+
+            def take(kind: str, instance: int = 0) -> Payload:
+                payload = waiting.pop((kind, instance), None)
+                if payload is None:
+                    raise StateError(f"the state of {kind} #{instance} is missing.")
+                return payload
+
+            guest_ns = _integer(_versioned(take(CLOCK_KIND), 1), "guest_ns")
+            state = codec.from_plain(_versioned(take(VCPU_KIND), codec.FORMAT_VERSION))
+            console = _versioned(take(CONSOLE_KIND), 1)
+            pending = console.get("pending_input")
+            if set(console) != {"pending_input"} or not isinstance(pending, bytes):
+                raise StateError(f"{CONSOLE_KIND}: expected just the pending input.")
+            own = [(device, take(*key)) for device, key in zip(self.devices, self.device_keys(), strict=True)]
+            if waiting:
+                kinds = ", ".join(sorted(f"{kind} #{instance}" for kind, instance in waiting))
+                raise StateError(f"this machine has no place for the state of {kinds}.")
+            self.clock.stop()
+            self.clock.set(guest_ns)
+            for device, payload in own:
+                device.restore(payload)
+            self.vcpu.restore(state)
+            self.vcpu.invalidate_code(0, self.memory.size)
+            self._frozen_tsc = state.tsc
+            self.console.set_pending_input(pending)
+
+        self.thread.call(restore)
+
+    def advance_and_run(self, elapsed_ns: int, *, running: bool) -> None:
+        """After `restore`: move guest time on by the downtime and run, or stay paused as it was."""
+
+        def go() -> None:
+            assert self._frozen_tsc is not None
+            if not running:
+                return
+            self.clock.set(self.clock.now() + elapsed_ns)
+            self.vcpu.write_tsc(self._frozen_tsc + elapsed_ns * self.tsc_khz // 1_000_000)
+            self._frozen_tsc = None
+            self.held = False
+            self.clock.start()
+            self.thread.set_running(True)
+            if self.console.has_input:
+                self._offer_input()
+
+        self.thread.call(go)
+
+    def discard(self) -> None:
+        """Forget whatever was restored, RAM too."""
+
+        def discard() -> None:
+            self.memory.clear()
+            for device in self.devices:
+                device.reset()
+            self.console.drop_input()
+            self._frozen_tsc = None
+
+        self.thread.call(discard)
+
+    def device_keys(self) -> list[tuple[str, int]]:
+        """(kind, instance) of every device, in order; instances count up among devices of one kind."""
+        seen: dict[str, int] = {}
+        keys = []
+        for device in self.devices:
+            instance = seen.get(device.kind, 0)
+            seen[device.kind] = instance + 1
+            keys.append((device.kind, instance))
+        return keys
+
+    def uptime_ns(self) -> int:
+        """Guest time."""
+        return self.clock.now()
+
+    def close(self) -> None:
+        """Stop for good and free everything; idempotent."""
+        self.thread.close()
+        if self._vcpu is not None:
+            self._vcpu.close()
+            self._vcpu = None
+        for device in self.devices:
+            device.close()
+        self.devices = ()
+        self.memory.close()
+
+
+def _versioned(payload: Payload, version: int) -> Mapping[str, Any]:
+    if payload.version != version:
+        raise StateError(
+            f"{payload.kind}: version {payload.version} of its state is not known here (known: {version}).",
+            "Bring both hosts to the same release of vmf.",
+        )
+    return payload.body
+
+
+def _integer(body: Mapping[str, Any], name: str) -> int:
+    value = body.get(name)
+    if set(body) != {name} or type(value) is not int or not 0 <= value < 1 << 63:
+        raise StateError(f"{CLOCK_KIND}: expected just {name}, a non-negative 63-bit number.")
+    return value

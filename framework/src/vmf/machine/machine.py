@@ -1,0 +1,525 @@
+"""A machine: the object that embedding programs and the `vmf` command drive.
+
+    registry = PluginRegistry()
+    with Machine(MachineConfig(name="a", memory_mib=256, kernel=Path("vmlinuz")), registry) as machine:
+        machine.start()
+        machine.console.add_listener(print)
+        machine.wait_finished()
+
+Threads: any thread may call any method; operations that change the state take turns. The guest runs on the vCPU
+thread of `vmf.machine.hardware`. A teleport runs on the thread that asked for it and can be cancelled from others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from vmf.cpu.backend import CpuBackend, ExitReason, VmExit
+from vmf.cpuid.contract import make_contract
+from vmf.cpuid.negotiate import intersect
+from vmf.errors import (
+    ImageError,
+    InvalidStateError,
+    MachineError,
+    TeleportError,
+    VmfError,
+)
+from vmf.machine import boot
+from vmf.machine.config import MachineConfig
+from vmf.machine.console import SerialConsole
+from vmf.machine.hardware import Hardware
+from vmf.machine.memory import GuestMemory
+from vmf.machine.states import RUNNABLE, MachineState, check_transition
+from vmf.machine.teleport_view import TeleportView
+from vmf.plugins.bridge import PluginRegistry
+from vmf.transport.base import Address, Listener
+
+if TYPE_CHECKING:
+    from vmf.cpu.state import VcpuState
+    from vmf.cpuid.table import CpuidTable
+    from vmf.teleport.progress import ProgressEvent, TeleportSummary
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to reach a teleport target."""
+
+_S = MachineState
+StateListener = Callable[[MachineState, MachineState], None]
+ProgressListener = Callable[["ProgressEvent"], None]
+
+
+class Machine:
+    """One virtual machine in this process.
+
+    Attributes:
+        config: its definition.
+        console: its first serial port.
+        state: where it is in its life.
+        failure: what ended it, one line, when the state is FAILED.
+        summary: of the last teleport that ended well here, as source or as target.
+    """
+
+    def __init__(self, config: MachineConfig, registry: PluginRegistry | None = None) -> None:
+        self.config = config
+        self.registry = registry if registry is not None else PluginRegistry()
+        self.console = SerialConsole()
+        self.failure = ""
+        self.summary: TeleportSummary | None = None
+        self.backend_choice = ""
+        """What `--cpu-backend auto` chose and why, for people; "" when the user chose."""
+        self._state = _S.POWERED_OFF
+        self._hardware: Hardware | None = None
+        self._lock = threading.RLock()
+        """Held by one operation at a time. Never taken on the vCPU thread, for which operations wait."""
+        self._changed = threading.Condition(threading.Lock())
+        """Guards `_state`, for moments only; any thread."""
+        self._powering_off = False
+        self._listeners: tuple[StateListener, ...] = ()
+        self._teleport_cancel: threading.Event | None = None
+        self._teleport_done = threading.Event()
+        self._teleport_done.set()
+        self._listener: Listener | None = None
+        self._digests: dict[tuple[str, int, int], str] = {}
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # -- what it is
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def state(self) -> MachineState:
+        return self._state
+
+    @property
+    def hardware(self) -> Hardware:
+        """The assembled hardware; raises InvalidStateError while powered off."""
+        hardware = self._hardware
+        if hardware is None:
+            raise InvalidStateError(
+                f"machine {self.name} is {self._state.value}.", f"Start it with `vmf startvm {self.name}`."
+            )
+        return hardware
+
+    def info(self) -> dict[str, Any]:
+        """A snapshot for people and programs: plain data."""
+        hardware = self._hardware
+        answer: dict[str, Any] = {
+            "name": self.name,
+            "state": self._state.value,
+            "memory_mib": self.config.memory_mib,
+            "cpu_backend": self.config.cpu_backend,
+            "failure": self.failure,
+        }
+        if hardware is not None:
+            answer |= {
+                "cpu_backend_used": hardware.backend.name,
+                "cpu_backend_choice": self.backend_choice,
+                "guest_time_seconds": round(hardware.clock.now() / 1e9, 3),
+                "cpu_seconds": round(hardware.thread.run_seconds, 3),
+                "tsc_khz": hardware.tsc_khz,
+                "devices": [kind for kind, _ in hardware.device_keys()],
+            }
+        if self._listener is not None:
+            answer["teleporter_address"] = str(self._listener.address)
+        return answer
+
+    def boot_digest(self) -> dict[str, str]:
+        """What a reset would start: SHA-256 of the images and the command line, by option name."""
+        digests = {
+            key: self._digest(path)
+            for key in ("kernel", "initrd", "image")
+            if (path := getattr(self.config, key)) is not None
+        }
+        if self.config.kernel is not None:
+            digests["cmdline"] = self._cmdline()
+        return digests
+
+    def _digest(self, path: Path) -> str:
+        try:
+            status = path.stat()
+            key = (str(path), status.st_mtime_ns, status.st_size)
+            if key not in self._digests:
+                with path.open("rb") as file:
+                    self._digests[key] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            return self._digests[key]
+        except OSError as error:
+            raise ImageError(
+                f"cannot read {path}: {error.strerror}.", f"Put it back, or change machine {self.name} with modifyvm."
+            ) from error
+
+    def _cmdline(self) -> str:
+        return boot.default_cmdline() if self.config.cmdline is None else self.config.cmdline
+
+    # -- state
+
+    def set_state(self, new: MachineState) -> None:
+        """Enter a state; raises InvalidStateError when the table of transitions forbids it."""
+        with self._changed:
+            old = self._state
+            if old is new:
+                return
+            check_transition(self.name, old, new)
+            self._state = new
+            self._changed.notify_all()
+        for listener in self._listeners:
+            listener(old, new)
+        self.registry.hooks.machine_state_changed(self.name, old.value, new.value)
+
+    def add_state_listener(self, listener: StateListener) -> None:
+        """Call `listener(old, new)` after every change, on the thread that caused it; it must not block."""
+        self._listeners = (*self._listeners, listener)
+
+    def wait_for(self, *states: MachineState, timeout: float | None = None) -> MachineState:
+        """Wait until the machine is in one of the states; returns it. Raises MachineError after `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._state in states, timeout):
+                wanted = " or ".join(state.value for state in states)
+                raise MachineError(f"machine {self.name} is {self._state.value}, not {wanted}, after {timeout} s.")
+            return self._state
+
+    def wait_finished(self, timeout: float | None = None) -> MachineState:
+        """Wait until it has powered off, gone to another host, or failed."""
+        return self.wait_for(_S.POWERED_OFF, _S.TELEPORTED, _S.FAILED, timeout=timeout)
+
+    # -- starting
+
+    def start(self, *, paused: bool = False) -> None:
+        """Power on and boot. Returns when the guest runs (or stands before its first instruction, if `paused`)."""
+        with self._lock:
+            self.set_state(_S.STARTING)
+            self._powering_off = False
+            try:
+                hardware = self._assemble()
+                contract = self._contract(hardware.backend)
+                hardware.plug_vcpu(contract, hardware.backend.tsc_khz())
+                hardware.power_on(self._load)
+                if not paused:
+                    hardware.run()
+            except BaseException:
+                self._scrap()
+                self.set_state(_S.POWERED_OFF)
+                raise
+            self.set_state(_S.RUNNING)
+            if paused:
+                self.pause()
+
+    def _assemble(self) -> Hardware:
+        backend = self._choose_backend()
+        config = self.config
+        self._hardware = Hardware(
+            self.name,
+            config.memory_mib,
+            backend,
+            lambda environment: self.registry.devices(environment, config.devices),
+            self.console,
+            on_exit=self._on_exit,
+            on_crash=self._on_crash,
+            request_power_off=self._guest_power_off,
+            request_reset=self._guest_reset,
+        )
+        return self._hardware
+
+    def _choose_backend(self) -> CpuBackend:
+        backend = self.registry.choose_cpu_backend(self.config.cpu_backend)
+        self.backend_choice = ""
+        if self.config.cpu_backend == "auto":
+            refused = [
+                f"{other.name} cannot be used here: {other.availability().reason.rstrip('.')}"
+                for other in self.registry.cpu_backends()
+                if other.preference > backend.preference
+            ]
+            self.backend_choice = "; ".join([f"{backend.name} chosen", *refused])
+        return backend
+
+    def _contract(self, backend: CpuBackend) -> CpuidTable:
+        contract = make_contract(backend.cpuid_capability())
+        for restricted in self.registry.hooks.cpuid_policy(self.name, contract):
+            contract = intersect(contract, restricted)
+        return contract
+
+    def _load(self, memory: GuestMemory) -> VcpuState:
+        config = self.config
+        khz = self.hardware.tsc_khz
+        if config.kernel is not None:
+            return boot.load_linux(memory, config.kernel, config.initrd, self._cmdline(), khz)
+        if config.image is not None:
+            return boot.load_image(memory, config.image, khz)
+        raise ImageError(
+            f"machine {self.name} has nothing to start.",
+            f"Give it a kernel with `vmf modifyvm {self.name} --kernel FILE`.",
+        )
+
+    # -- running
+
+    def pause(self) -> None:
+        """Stop the guest; its time stands still until `resume`."""
+        with self._lock:
+            if self._state is not _S.RUNNING:
+                raise self._illegal("paused", "running")
+            self.hardware.halt(freeze_time=True)
+            self.set_state(_S.PAUSED)
+
+    def resume(self) -> None:
+        """Let a paused guest go on."""
+        with self._lock:
+            if self._state is not _S.PAUSED:
+                raise self._illegal("resumed", "paused")
+            self.hardware.run()
+            self.set_state(_S.RUNNING)
+
+    def reset(self) -> None:
+        """Restart the guest as by the reset button: RAM is lost, the images are loaded again."""
+        with self._lock:
+            if self._state not in (_S.RUNNING, _S.PAUSED, _S.FAILED):
+                raise self._illegal("reset", "running or paused")
+            if self._state is _S.PAUSED:
+                self._restart(run=False)
+            else:
+                self.hardware.halt(freeze_time=False)
+                self._restart(run=True)
+                if self._state is _S.FAILED:
+                    self.failure = ""
+                    self.set_state(_S.RUNNING)
+
+    @property
+    def powering_off(self) -> bool:
+        """The guest has switched itself off; the machine will follow in a moment."""
+        return self._powering_off
+
+    def _restart(self, *, run: bool) -> None:
+        self.hardware.power_on(self._load, keep_mapping=not self._teleport_done.is_set())
+        if run:
+            self.hardware.run()
+
+    def _illegal(self, action: str, wanted: str) -> InvalidStateError:
+        return InvalidStateError(
+            f"machine {self.name} is {self._state.value} and cannot be {action}: it would have to be {wanted}.",
+            f"See `vmf showvminfo {self.name}`.",
+        )
+
+    def type(self, data: bytes) -> int:
+        """Type at the serial console; how many bytes were taken."""
+        return self.hardware.type(data)
+
+    # -- on the vCPU thread: what the guest and the engine do
+
+    def _on_exit(self, exit_: VmExit) -> None:
+        if exit_.reason is ExitReason.SHUTDOWN:
+            self._guest_reset()
+        else:
+            self._fail(f"CPU backend {self.hardware.backend.name}: {exit_.detail or exit_.reason.value}")
+
+    def _on_crash(self, error: BaseException) -> None:
+        self._fail(str(error) if isinstance(error, VmfError) else f"{type(error).__name__}: {error}")
+
+    def _fail(self, why: str) -> None:
+        self.failure = why
+        if self._teleport_cancel is not None:
+            self._teleport_cancel.set()
+        if self._state in RUNNABLE:
+            self.set_state(_S.FAILED)
+
+    def _guest_reset(self) -> None:
+        """The guest asked for a reset (a port, or a triple fault): restart it between two slices.
+
+        A machine that somebody halted in the meantime (a pause, the handover) is reset but left halted.
+        """
+        hardware = self.hardware
+        hardware.thread.post(lambda: self._restart(run=not hardware.held))
+
+    def _guest_power_off(self) -> None:
+        self._powering_off = True
+        hardware = self.hardware
+        hardware.thread.post(lambda: hardware.halt(freeze_time=False))
+        threading.Thread(target=self._power_off_quietly, name=f"poweroff-{self.name}", daemon=True).start()
+
+    def _power_off_quietly(self) -> None:
+        try:
+            self.power_off()
+        except InvalidStateError:
+            pass  # somebody else powered it off, or it has just left for another host
+
+    # -- ending
+
+    def power_off(self) -> None:
+        """Pull the plug; a teleport under way is cancelled first."""
+        self.cancel_teleport(wait=True)
+        with self._lock:
+            if self._state in (_S.POWERED_OFF, _S.STOPPING):
+                raise self._illegal("powered off", "running or paused")
+            if self._state is not _S.TELEPORTING_IN:
+                self.set_state(_S.STOPPING)
+            self._scrap()
+            self.set_state(_S.POWERED_OFF)
+
+    def _scrap(self) -> None:
+        hardware, self._hardware = self._hardware, None
+        if hardware is not None:
+            hardware.close()
+
+    def close(self) -> None:
+        """End it, whatever it does; idempotent."""
+        try:
+            if self._state is not _S.POWERED_OFF:
+                self.power_off()
+        except InvalidStateError:
+            self._scrap()
+
+    # -- teleporting out
+
+    def teleport(
+        self,
+        host: str,
+        port: int,
+        *,
+        transport: str = "tcp",
+        max_downtime_ms: int = 250,
+        timeout_s: float | None = None,
+        progress: ProgressListener | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> TeleportSummary:
+        """Move this machine to a host that waits for it; returns once it runs there.
+
+        Raises TeleportError (or a subclass) when it did not happen: then the machine goes on here as before, except
+        after TeleportUncertain, when the handover was sent and nobody confirmed it.
+
+        Args:
+            host, port: where the target waits.
+            transport: name of the transport plugin.
+            max_downtime_ms: goal for the time during which the guest runs nowhere.
+            timeout_s: give up after so many seconds; None for never.
+            progress: called with every progress event, on this thread.
+        """
+        from vmf.errors import TeleportUncertain
+        from vmf.teleport.source import SourceOptions, teleport_source
+
+        with self._lock:
+            going_on = {_S.RUNNING: _S.TELEPORTING, _S.PAUSED: _S.TELEPORTING_PAUSED}
+            if self._state not in going_on:
+                raise self._illegal("teleported", "running or paused")
+            before = self._state
+            cancel = self._teleport_cancel = threading.Event()
+            self._teleport_done.clear()
+            self.set_state(going_on[before])
+        try:
+            address = Address(transport, host, port, options or {})
+            channel = self.registry.transport(transport).connect(
+                address, CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
+            )
+            try:
+                source_options = SourceOptions(max_downtime_ms=max_downtime_ms, timeout_s=timeout_s)
+                self.summary = teleport_source(
+                    TeleportView(self), channel, source_options, self._observed(progress, "source"), cancel
+                )
+            finally:
+                channel.close()
+            return self.summary
+        except TeleportUncertain:
+            raise
+        except BaseException:
+            if self._state is going_on[before]:
+                self.set_state(before)
+            raise
+        finally:
+            self._teleport_cancel = None
+            self._teleport_done.set()
+
+    def cancel_teleport(self, *, wait: bool = False) -> bool:
+        """Cancel a teleport under way, in or out; False when there was none (any more)."""
+        cancel = self._teleport_cancel
+        if cancel is None:
+            return False
+        cancel.set()
+        listener = self._listener
+        if listener is not None:
+            listener.shutdown()
+        if wait:
+            self._teleport_done.wait(30)
+        return True
+
+    def _observed(self, progress: ProgressListener | None, role: str) -> ProgressListener:
+        """Pass events on, and tell the life-cycle hooks of every phase."""
+        phase = ""
+
+        def observe(event: ProgressEvent) -> None:
+            nonlocal phase
+            name = getattr(event, "phase", phase)
+            name = getattr(name, "value", name)
+            if name != phase:
+                phase = name
+                self.registry.hooks.teleport_phase(self.name, role, phase)
+            if progress is not None:
+                progress(event)
+
+        return observe
+
+    # -- teleporting in
+
+    def listen(self, address: str | None = None, port: int | None = None, *, transport: str | None = None) -> Address:
+        """Power on as a teleport target and start to listen, by default as configured; returns the real address."""
+        teleporter = self.config.teleporter
+        where = Address(
+            transport if transport is not None else teleporter.transport,
+            address if address is not None else teleporter.address,
+            port if port is not None else teleporter.port,
+        )
+        with self._lock:
+            self.set_state(_S.TELEPORTING_IN)
+            try:
+                self.boot_digest()
+                self._assemble()
+                self._listener = self.registry.transport(where.scheme).listen(where)
+            except BaseException:
+                self._scrap()
+                self.set_state(_S.POWERED_OFF)
+                raise
+            self._teleport_cancel = threading.Event()
+            self._teleport_done.clear()
+        return self._listener.address
+
+    def wait_for_teleport(self, progress: ProgressListener | None = None) -> TeleportSummary:
+        """After `listen`: wait until a machine has arrived and runs here. Failed attempts leave it waiting.
+
+        Raises TeleportCancelled after `cancel_teleport` (or `power_off`); then the machine is powered off.
+        """
+        from vmf.teleport.target import wait_for_teleport
+
+        cancel, listener = self._teleport_cancel, self._listener
+        if self._state is not _S.TELEPORTING_IN or cancel is None or listener is None:
+            raise self._illegal("waiting for a teleport", "listening")
+        try:
+            self.summary = wait_for_teleport(TeleportView(self), listener, self._observed(progress, "target"), cancel)
+            return self.summary
+        finally:
+            self._listener = None
+            listener.close()
+            self._teleport_cancel = None
+            self._teleport_done.set()
+            if self._state is _S.TELEPORTING_IN:
+                self._scrap()
+                self.set_state(_S.POWERED_OFF)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    """Poll every millisecond; for embedding programs that wait for guest output."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+__all__ = ["Machine", "MachineState", "TeleportError", "wait_until"]

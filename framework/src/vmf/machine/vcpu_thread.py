@@ -1,0 +1,190 @@
+"""The vCPU thread: the one thread that owns the vCPU, the devices and the timers.
+
+Theory of operation
+    Other threads never touch a device. They `post` a callable (or `call` it and wait for the result): it is put in a
+    queue and the vCPU is kicked. The loop drains the queue, fires due timers, and lets the vCPU run until the
+    earliest timer; when the guest halts, the thread sleeps in the queue itself, so that a post wakes it at once.
+
+    A kick is never lost: when it comes between the draining and `Vcpu.run`, that run returns immediately. A kick that
+    comes while the thread sleeps costs one needless empty run.
+
+    The GIL: `Vcpu.run` and the sleep release it. Every port access of the guest takes it for a moment, so a Python
+    thread that computes without pause delays the guest by the interpreter's switch interval; see `SWITCH_INTERVAL`.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from attrs import define, field
+
+from vmf.cpu.backend import ExitReason, Vcpu, VmExit
+from vmf.errors import MachineError
+from vmf.machine.clock import MachineClock
+from vmf.machine.timers import TimerQueue
+
+T = TypeVar("T")
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds. The interpreter's default of 5 ms would be the latency of every port access beside a busy thread."""
+
+THROTTLE_SLICE_NS = 5_000_000
+"""How long a throttled vCPU runs before it sleeps."""
+
+
+@define
+class _Call:
+    """A posted callable whose caller waits."""
+
+    function: Callable[[], Any]
+    done: threading.Event = field(factory=threading.Event)
+    result: Any = None
+    error: BaseException | None = None
+
+    def __call__(self) -> None:
+        try:
+            self.result = self.function()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
+class VcpuThread:
+    """Runs one vCPU. `run_state` changes happen on the thread itself, through `call`."""
+
+    def __init__(
+        self,
+        name: str,
+        clock: MachineClock,
+        timers: TimerQueue,
+        on_exit: Callable[[VmExit], None],
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        """`on_exit` gets SHUTDOWN and ERROR exits, `on_crash` what a device or posted callable raised; both on the
+        thread, with the vCPU no longer running."""
+        self._clock = clock
+        self._timers = timers
+        self._on_exit = on_exit
+        self._on_crash = on_crash
+        self._posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._vcpu: Vcpu | None = None
+        self._running = False
+        self._closing = False
+        self._throttle = 0.0
+        self.run_seconds = 0.0
+        """Time spent inside the vCPU."""
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
+        self._thread = threading.Thread(target=self._loop, name=f"vcpu-{name}", daemon=True)
+        self._thread.start()
+
+    # -- from any thread
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run `function` on the vCPU thread soon."""
+        self._posts.put(function)
+        vcpu = self._vcpu
+        if vcpu is not None:
+            vcpu.kick()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the vCPU thread and return its result or raise its exception."""
+        if threading.current_thread() is self._thread:
+            return function()
+        if not self._thread.is_alive():
+            raise MachineError("the machine's vCPU thread has ended.")
+        work = _Call(function)
+        self.post(work)
+        while not work.done.wait(1.0):
+            if not self._thread.is_alive() and not work.done.is_set():
+                raise MachineError("the machine's vCPU thread has ended.")
+        if work.error is not None:
+            raise work.error
+        result: T = work.result
+        return result
+
+    def set_throttle(self, fraction: float) -> None:
+        """Keep the vCPU from running for this fraction of the time."""
+        self._throttle = min(max(fraction, 0.0), 0.99)
+        self.post(lambda: None)
+
+    def close(self) -> None:
+        """End the thread; idempotent. The vCPU is left to its owner."""
+
+        def end() -> None:
+            self._closing = True
+
+        if threading.current_thread() is self._thread:
+            end()
+            return
+        if self._thread.is_alive():
+            self.post(end)
+            self._thread.join()
+
+    # -- on the vCPU thread
+
+    @property
+    def running(self) -> bool:
+        return self._running
+
+    def attach(self, vcpu: Vcpu | None) -> None:
+        """Set the vCPU to run."""
+        self._vcpu = vcpu
+
+    def set_running(self, running: bool) -> None:
+        self._running = running
+
+    def _loop(self) -> None:
+        while not self._closing:
+            try:
+                self._step()
+            except BaseException as error:
+                self._running = False
+                self._on_crash(error)
+
+    def _step(self) -> None:
+        posts = self._posts
+        while not posts.empty():
+            posts.get_nowait()()
+        vcpu = self._vcpu
+        if not self._running or vcpu is None:
+            if not self._closing:
+                posts.get()()
+            return
+        self._timers.run_due()
+        if not posts.empty():
+            return  # a timer posted something (a reset, say), and its kick may have preceded this vCPU's run
+        next_timer = self._timers.next_deadline()
+        deadline = None if next_timer is None else self._clock.host_deadline(next_timer)
+        throttle = self._throttle
+        if throttle:
+            slice_end = time.monotonic_ns() + THROTTLE_SLICE_NS
+            deadline = slice_end if deadline is None else min(deadline, slice_end)
+        started = time.perf_counter()
+        exit_ = vcpu.run(deadline)
+        elapsed = time.perf_counter() - started
+        self.run_seconds += elapsed
+        if exit_.reason is ExitReason.HALTED:
+            self._sleep_until(deadline)
+        elif exit_.reason is not ExitReason.KICKED:
+            self._running = False
+            self._on_exit(exit_)
+        if throttle:
+            self._sleep_until(time.monotonic_ns() + int(elapsed * 1e9 * throttle / (1 - throttle)))
+
+    def _sleep_until(self, deadline_ns: int | None) -> None:
+        """Sleep until something is posted or the deadline (host monotonic) passes; then run what was posted."""
+        try:
+            if deadline_ns is None:
+                self._posts.get()()
+            else:
+                delay = deadline_ns - time.monotonic_ns()
+                if delay > 0:
+                    self._posts.get(timeout=delay / 1e9)()
+        except queue.Empty:
+            pass
