@@ -1,0 +1,29 @@
+"""Loading whatever the user gave as the machine's kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmf.cpu.state import VcpuState
+from vmf.errors import ConfigError
+from vmf.machine.boot.bare import load_image
+from vmf.machine.boot.image import identify
+from vmf.machine.boot.linux import default_cmdline, load_linux
+from vmf.machine.memory import GuestMemory
+
+
+def load_guest(
+    memory: GuestMemory, kernel: Path, initrd: Path | None, cmdline: str | None, tsc_khz: int
+) -> VcpuState:
+    """Load a Linux kernel or a bare-metal image, whichever `kernel` is; `cmdline` None means `default_cmdline()`.
+
+    Raises ImageError for wrong files, and ConfigError when a bare-metal image is given an initrd or a command line.
+    """
+    if identify(kernel, "kernel").is_linux:
+        return load_linux(memory, kernel, initrd, default_cmdline() if cmdline is None else cmdline, tsc_khz)
+    for key, value in (("initrd", initrd), ("cmdline", cmdline)):
+        if value is not None:
+            raise ConfigError(
+                f"{key}: {kernel} is a bare-metal image, which takes none.", f"Remove {key}, or use a Linux kernel."
+            )
+    return load_image(memory, kernel, tsc_khz)
