@@ -99,6 +99,7 @@ def _section(section: type[Any]) -> Any:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    value = str(value) if isinstance(value, Path) else value
     text = repr(value) if not isinstance(value, str) else '"' + value.replace("\n", "\\n") + '"'
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -116,6 +117,14 @@ def _text(limit: int, *, newlines: bool = False) -> Check:
             raise _Bad(f"contains the control character {control[0]!r}", "Remove it.")
 
     return check
+
+
+def _optional(check: Check) -> Check:
+    def checked(value: Any) -> None:
+        if value is not None:
+            check(value)
+
+    return checked
 
 
 def _kind(value: Any) -> str:
@@ -192,6 +201,7 @@ def _device_options(value: Any) -> None:
 def _path(value: Any) -> None:
     if value is None:
         return
+    value = str(value) if isinstance(value, Path) else value
     _text(4096)(value)
     if not value:
         raise _Bad("is empty", "Give the file's path, or leave the key out.")
@@ -242,8 +252,8 @@ class MachineConfig:
         description: free text; descriptive, never compared by a teleport.
         memory_mib: guest RAM, MiB.
         cpu_backend: "auto" or the name of a CPU backend plugin.
-        kernel, initrd: files to boot, absolute paths; None for none.
-        cmdline: kernel command line.
+        kernel, initrd: files to boot; None for none. Made absolute here; a file must say the whole path.
+        cmdline: kernel command line; None for vmf's usual one.
         image: a bare-metal flat or ELF image instead of a kernel.
         devices: device plugins in the order in which they are made, interrupt controller first.
         device_options: by device plugin, its own settings.
@@ -255,10 +265,10 @@ class MachineConfig:
     uuid: str = _setting(_uuid, factory=lambda: str(uuidlib.uuid4()))
     description: str = _setting(_text(4096, newlines=True), default="")
     cpu_backend: str = _setting(_plugin_name, default="auto")
-    kernel: str | None = _setting(_path, default=None)
-    initrd: str | None = _setting(_path, default=None)
-    cmdline: str = _setting(_text(2047), default="")
-    image: str | None = _setting(_path, default=None)
+    kernel: Path | None = _setting(_path, default=None, converter=lambda path: _absolute(path))
+    initrd: Path | None = _setting(_path, default=None, converter=lambda path: _absolute(path))
+    cmdline: str | None = _setting(_optional(_text(2047)), default=None)
+    image: Path | None = _setting(_path, default=None, converter=lambda path: _absolute(path))
     devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=lambda names: _frozen_list(names))
     device_options: Mapping[str, Mapping[str, Any]] = _setting(_device_options, factory=dict)
     teleporter: TeleporterConfig = _section(TeleporterConfig)  # noqa: RUF009 - makes an attrs field
@@ -286,7 +296,15 @@ class MachineConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for TOML or JSON; settings that are not set (None) are left out."""
         plain = _converter().unstructure(self)
-        return {key: value for key, value in plain.items() if value is not None and value != {}}
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in plain.items()
+            if value is not None and value != {}
+        }
+
+
+def _absolute(path: Any) -> Any:
+    return Path(os.path.abspath(path)) if isinstance(path, str | Path) and str(path) else path
 
 
 def _frozen_list(names: Any) -> Any:
@@ -310,7 +328,10 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
         if isinstance(devices, list | tuple) and name not in devices:
             found.append(
                 Problem(
-                    f"device_options.{name}", "", f"{_show(name)} is not in devices", "Add it there, or drop the section."
+                    f"device_options.{name}",
+                    "",
+                    f"{_show(name)} is not in devices",
+                    "Add it there, or drop the section.",
                 )
             )
     return found
@@ -327,7 +348,9 @@ def _problems_of(config: Any, prefix: str = "") -> list[Problem]:
         elif isinstance(value, section):
             problems += _problems_of(value, f"{prefix}{field.name}.")
         else:
-            problems.append(Problem(prefix + field.name, _show(value), "is not a section", f"Use {section.__name__}."))
+            problems.append(
+                Problem(prefix + field.name, _show(value), "is not a section", f"Use {section.__name__}.")
+            )
     return problems
 
 
@@ -382,9 +405,9 @@ def parse(text: str, where: str) -> MachineConfig:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not valid TOML: {error}.", "Correct that line, or create the machine anew.") from (
-            None
-        )
+        raise ConfigError(
+            f"{where} is not valid TOML: {error}.", "Correct that line, or create the machine anew."
+        ) from (None)
     version = data.pop("version", None)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         reason = "is missing" if version is None else "is not a version that this vmf reads"
