@@ -93,7 +93,7 @@ def _section(section: type[Any]) -> Any:
     return attrs.field(factory=section, metadata={"section": section})
 
 
-# -- checks: each raises _Bad -----------------------------------------------------------------------------------------
+# -- checks: each raises _Bad --------------------------------------------------------------------------------
 
 
 def _show(value: Any) -> str:
@@ -222,7 +222,15 @@ def _address(value: Any) -> None:
             ) from None
 
 
-# -- the definition ---------------------------------------------------------------------------------------------------
+def _absolute(path: Any) -> Any:
+    return Path(os.path.abspath(path)) if isinstance(path, str | Path) and str(path) else path
+
+
+def _frozen_list(names: Any) -> Any:
+    return tuple(names) if isinstance(names, list | tuple) else names
+
+
+# -- the definition ------------------------------------------------------------------------------------------
 
 
 @frozen
@@ -265,11 +273,11 @@ class MachineConfig:
     uuid: str = _setting(_uuid, factory=lambda: str(uuidlib.uuid4()))
     description: str = _setting(_text(4096, newlines=True), default="")
     cpu_backend: str = _setting(_plugin_name, default="auto")
-    kernel: Path | None = _setting(_path, default=None, converter=lambda path: _absolute(path))
-    initrd: Path | None = _setting(_path, default=None, converter=lambda path: _absolute(path))
+    kernel: Path | None = _setting(_path, default=None, converter=_absolute)
+    initrd: Path | None = _setting(_path, default=None, converter=_absolute)
     cmdline: str | None = _setting(_optional(_text(2047)), default=None)
-    image: Path | None = _setting(_path, default=None, converter=lambda path: _absolute(path))
-    devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=lambda names: _frozen_list(names))
+    image: Path | None = _setting(_path, default=None, converter=_absolute)
+    devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=_frozen_list)
     device_options: Mapping[str, Mapping[str, Any]] = _setting(_device_options, factory=dict)
     teleporter: TeleporterConfig = _section(TeleporterConfig)  # noqa: RUF009 - makes an attrs field
 
@@ -303,14 +311,6 @@ class MachineConfig:
         }
 
 
-def _absolute(path: Any) -> Any:
-    return Path(os.path.abspath(path)) if isinstance(path, str | Path) and str(path) else path
-
-
-def _frozen_list(names: Any) -> Any:
-    return tuple(names) if isinstance(names, list | tuple) else names
-
-
 def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
     """What is wrong between settings that are each right."""
     found = []
@@ -318,22 +318,19 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
         found.append(
             Problem("image", _show(values["image"]), "is set as well as kernel", "Keep one: a kernel or an image.")
         )
-    for key in ("initrd", "cmdline"):
-        if values.get(key) and not values.get("kernel"):
-            found.append(
-                Problem(key, _show(values[key]), "needs a kernel", f"Set kernel (--kernel FILE) or drop {key}.")
-            )
+    found += [
+        Problem(key, _show(values[key]), "needs a kernel", f"Set kernel (--kernel FILE) or drop {key}.")
+        for key in ("initrd", "cmdline")
+        if values.get(key) and not values.get("kernel")
+    ]
     devices = values.get("devices", ("pc",))
-    for name in values.get("device_options", {}):
-        if isinstance(devices, list | tuple) and name not in devices:
-            found.append(
-                Problem(
-                    f"device_options.{name}",
-                    "",
-                    f"{_show(name)} is not in devices",
-                    "Add it there, or drop the section.",
-                )
-            )
+    found += [
+        Problem(
+            f"device_options.{name}", "", f"{_show(name)} is not in devices", "Add it there, or drop this section."
+        )
+        for name in values.get("device_options", {})
+        if isinstance(devices, list | tuple) and name not in devices
+    ]
     return found
 
 
@@ -397,7 +394,7 @@ def _converter() -> Any:
 _made: Any = None
 
 
-# -- the file ---------------------------------------------------------------------------------------------------------
+# -- the file ------------------------------------------------------------------------------------------------
 
 
 def parse(text: str, where: str) -> MachineConfig:
@@ -405,9 +402,7 @@ def parse(text: str, where: str) -> MachineConfig:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"{where} is not valid TOML: {error}.", "Correct that line, or create the machine anew."
-        ) from (None)
+        raise ConfigError(f"{where} is not valid TOML: {error}.", "Correct it, or create the machine anew.") from None
     version = data.pop("version", None)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         reason = "is missing" if version is None else "is not a version that this vmf reads"

@@ -251,7 +251,7 @@ class Home:
         return found if isinstance(found, dict) else {}
 
     def resting_state(self, name: str) -> str:
-        """The state of a machine that has no process: "poweroff", "aborted", "teleported" or "failed"."""
+        """The state of a machine that has no process: "poweredoff", "aborted", "teleported" or "failed"."""
         if self.aborted(name):
             return "aborted"
         return str(self.last_run(name).get("state", "poweredoff"))
@@ -316,9 +316,8 @@ def private_directory(path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
         status = path.stat()
         if status.st_uid != os.geteuid():
-            raise HomeError(
-                f"{path} belongs to user {status.st_uid}, not to you.", "Set VMF_HOME to a place of your own."
-            )
+            remedy = "Set VMF_HOME to a directory of your own."
+            raise HomeError(f"{path} belongs to user {status.st_uid}, not to you.", remedy)
         if stat.S_IMODE(status.st_mode) & 0o077:
             path.chmod(0o700)
     except OSError as error:
