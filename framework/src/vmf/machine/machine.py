@@ -1,7 +1,7 @@
 """A machine: the object that embedding programs and the `vmf` command drive.
 
     registry = PluginRegistry()
-    with Machine(MachineConfig(name="a", memory_mib=256, kernel=Path("vmlinuz")), registry) as machine:
+    with Machine(MachineConfig(name="a", memory_mib=256, kernel="/boot/vmlinuz"), registry) as machine:
         machine.start()
         machine.console.add_listener(print)
         machine.wait_finished()
@@ -138,7 +138,7 @@ class Machine:
     def boot_digest(self) -> dict[str, str]:
         """What a reset would start: SHA-256 of the images and the command line, by option name."""
         digests = {
-            key: self._digest(path)
+            key: self._digest(Path(path))
             for key in ("kernel", "initrd", "image")
             if (path := getattr(self.config, key)) is not None
         }
@@ -160,7 +160,7 @@ class Machine:
             ) from error
 
     def _cmdline(self) -> str:
-        return boot.default_cmdline() if self.config.cmdline is None else self.config.cmdline
+        return self.config.cmdline or boot.default_cmdline()
 
     # -- state
 
@@ -222,7 +222,7 @@ class Machine:
             self.name,
             config.memory_mib,
             backend,
-            lambda environment: self.registry.devices(environment, config.devices),
+            lambda environment: self.registry.devices(environment, config.devices, config.device_options),
             self.console,
             on_exit=self._on_exit,
             on_crash=self._on_crash,
@@ -253,9 +253,10 @@ class Machine:
         config = self.config
         khz = self.hardware.tsc_khz
         if config.kernel is not None:
-            return boot.load_linux(memory, config.kernel, config.initrd, self._cmdline(), khz)
+            initrd = None if config.initrd is None else Path(config.initrd)
+            return boot.load_linux(memory, Path(config.kernel), initrd, self._cmdline(), khz)
         if config.image is not None:
-            return boot.load_image(memory, config.image, khz)
+            return boot.load_image(memory, Path(config.image), khz)
         raise ImageError(
             f"machine {self.name} has nothing to start.",
             f"Give it a kernel with `vmf modifyvm {self.name} --kernel FILE`.",
