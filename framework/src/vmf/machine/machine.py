@@ -254,7 +254,7 @@ class Machine:
         khz = self.hardware.tsc_khz
         if config.kernel is not None:
             initrd = None if config.initrd is None else Path(config.initrd)
-            return boot.load_linux(memory, Path(config.kernel), initrd, self._cmdline(), khz)
+            return boot.load_guest(memory, Path(config.kernel), initrd, config.cmdline or None, khz)
         if config.image is not None:
             return boot.load_image(memory, Path(config.image), khz)
         raise ImageError(
