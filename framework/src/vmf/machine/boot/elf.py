@@ -1,8 +1,8 @@
 """ELF64 program headers, and loading them into guest RAM.
 
 Only the ELF header and the program headers matter to a loader (System V ABI, ELF-64 object file format), and the
-kernel inside a bzImage arrives as a stream whose end the section headers are: this is why a general ELF library, which
-wants to seek to the section headers first, is not used here.
+kernel inside a bzImage arrives as a stream whose end the section headers are: this is why a general ELF library,
+which wants to seek to the section headers first, is not used here.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The payload is one compressed file followed by its unpacked size (32 bits, little-endian; for gzip that is the
 format's own trailer): scripts/Makefile.lib of the kernel. The size is the bound on what is unpacked, so a
-decompression bomb costs one piece at most. LZ4 payloads are in the legacy frame format: magic, then blocks of at most 8 MiB unpacked,
-each a 32-bit compressed size and the data.
+decompression bomb costs one piece at most. LZ4 payloads are in the legacy frame format: magic, then blocks of at most
+8 MiB unpacked, each a 32-bit compressed size and the data.
 """
 
 from __future__ import annotations
