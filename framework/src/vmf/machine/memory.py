@@ -14,6 +14,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,7 @@ class GuestMemory:
         buffer: writable view of the whole mapping.
         address: host virtual address of the mapping.
         regions: ascending by gpa.
+        clear_observers: called after every `clear`, on its thread, with the page ranges that had been touched.
     """
 
     def __init__(self, size: int) -> None:
@@ -56,6 +58,7 @@ class GuestMemory:
         if size <= 0 or size % PAGE_SIZE:
             raise ConfigError(f"memory size {size} is not a positive multiple of {PAGE_SIZE} bytes.")
         self.size = size
+        self.clear_observers: list[Callable[[npt.NDArray[np.uint64]], None]] = []
         low = min(size, LOW_RAM_LIMIT)
         regions = [RamRegion(0, low, 0)]
         if size > low:
@@ -104,23 +107,51 @@ class GuestMemory:
 
         Untouched pages are holes of the memfd, found with SEEK_DATA/SEEK_HOLE (lseek(2)) without looking at memory.
         """
+        return self.touched_within(np.array([[0, self.pages]], dtype=np.uint64))
+
+    def touched_within(self, runs: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """The part of `runs` (ascending, disjoint [first page, end page) rows) that has ever been touched.
+
+        Two system calls for every stretch of touched pages, about 1 µs each; nothing for long holes.
+        """
         ranges: list[tuple[int, int]] = []
-        position = 0
-        while position < self.size:
-            try:
-                start = os.lseek(self.fd, position, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
+        data = -1  # from where we last looked up to here nothing is touched
+        for first, last in runs.tolist():
+            position, limit = first * PAGE_SIZE, last * PAGE_SIZE
+            while position < limit:
+                if data < position:
+                    data = self.next_data(position)
+                if data >= limit:
                     break
-                raise
-            end = os.lseek(self.fd, start, os.SEEK_HOLE)
-            ranges.append((start // PAGE_SIZE, -(-end // PAGE_SIZE)))
-            position = end
+                start = max(data, position)
+                end = min(os.lseek(self.fd, start, os.SEEK_HOLE), limit)
+                if end <= start:  # the page was given back in between
+                    data = -1
+                    position = start + PAGE_SIZE
+                    continue
+                ranges.append((start // PAGE_SIZE, -(-end // PAGE_SIZE)))
+                position = end
         return np.array(ranges, dtype=np.uint64).reshape(-1, 2)
 
+    def next_data(self, position: int) -> int:
+        """Offset of the first touched byte at or after `position`; `size` when there is none."""
+        try:
+            return os.lseek(self.fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return self.size
+            raise
+
     def clear(self) -> None:
-        """Zero everything and give the host memory back (power-on reset)."""
+        """Zero everything and give the host memory back (power-on reset).
+
+        The kernel does not count this as a write, so whoever tracks writes is told by `clear_observers`.
+        """
+        touched = self.touched_ranges() if self.clear_observers else None
         self._map.madvise(mmap.MADV_REMOVE)
+        if touched is not None:
+            for observer in tuple(self.clear_observers):
+                observer(touched)
 
     def close(self) -> None:
         if self._closed:

@@ -185,7 +185,7 @@ def batches(runs: PageRuns, max_bytes: int, max_runs: int | None = None) -> Iter
 def _gathered_zero(
     words: npt.NDArray[np.uint64], numbers: npt.NDArray[np.intp], scratch: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.bool_]:
-    """Which of the rows `numbers` hold zeros only. The scratch (fresh memory would cost a page fault a page) is warm."""
+    """Which of the rows `numbers` hold zeros only. Fresh memory would cost page faults: `scratch`."""
     rows = scratch[: len(numbers)]
     np.take(words, numbers, axis=0, out=rows, mode="clip")
     return np.asarray(np.bitwise_or.reduce(rows, axis=1) == 0)
