@@ -1,0 +1,273 @@
+"""The neutral vCPU state to and from the engine's CPU structure.
+
+Reading takes one copy of the structure and unpacks it; writing packs a whole new structure over the old one, so that
+nothing of an earlier state can survive: what is not written is zero. The engine's derived data (hidden flags, FPU and
+SSE rounding state, TLB) is rebuilt by the caller with the engine's own functions.
+
+Canonical form. `save` after `restore` gives the same state bit for bit, except that `restore`
+  - marks a segment unusable exactly when its present bit is clear, and drops reserved access-rights bits (8-11);
+  - shows MXCSR_MASK, reserved parts of the legacy FP area and a component whose XSTATE_BV bit is clear in the form
+    that XSAVE would have stored (initial values, bit set), in an area of 576 bytes;
+  - keeps bits 16-18 of x87 registers' 16-byte slots (reserved) as zero.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+from attrs import frozen
+
+from vmf.cpu.state import (
+    AR_PRESENT,
+    AR_UNUSABLE,
+    GENERAL_REGISTERS,
+    MSR_CSTAR,
+    MSR_FMASK,
+    MSR_IA32_PAT,
+    MSR_IA32_SYSENTER_CS,
+    MSR_IA32_SYSENTER_EIP,
+    MSR_IA32_SYSENTER_ESP,
+    MSR_KERNEL_GS_BASE,
+    MSR_LSTAR,
+    MSR_STAR,
+    MSR_TSC_AUX,
+    SEGMENT_NAMES,
+    XFEATURE_SSE,
+    XFEATURE_X87,
+    XSAVE_LEGACY_SIZE,
+    XSAVE_MIN_SIZE,
+    DescriptorTable,
+    Segment,
+    VcpuState,
+)
+from vmf.errors import StateError
+from vmf_cpu_unicorn import layout as at
+
+_GENERAL = struct.Struct("<16Q")
+_SEGMENT = struct.Struct("<I4xQII")
+_SEGMENT_FLAGS_SHIFT = 8  # the engine keeps the descriptor's second doubleword: access rights from bit 8
+_ACCESS_MASK = 0xF0FF
+_XSAVE_BV = struct.Struct("<Q")
+_XMM_OFFSET = 160
+_ST_OFFSET = 32
+_MXCSR_MASK = 0xFFFF
+
+FLAGS_ARITHMETIC = 0x8D5
+FLAG_FIXED = 1 << 1
+FLAG_TF = 1 << 8
+FLAG_IF = 1 << 9
+FLAG_DF = 1 << 10
+
+_MSRS_U64 = {
+    MSR_IA32_SYSENTER_ESP: at.SYSENTER_ESP,
+    MSR_IA32_SYSENTER_EIP: at.SYSENTER_EIP,
+    MSR_IA32_PAT: at.PAT,
+    MSR_STAR: at.STAR,
+    MSR_LSTAR: at.LSTAR,
+    MSR_CSTAR: at.CSTAR,
+    MSR_FMASK: at.FMASK,
+    MSR_KERNEL_GS_BASE: at.KERNEL_GS_BASE,
+    MSR_TSC_AUX: at.TSC_AUX,
+}
+_INERT_MSRS = frozenset(
+    {0x1B, 0x3B, 0xFE, 0x1A0, 0x250, 0x258, 0x259, 0x2FF, *range(0x200, 0x210), *range(0x268, 0x270)}
+)
+"""APIC_BASE, TSC_ADJUST, MISC_ENABLE and the MTRRs: nothing in an emulator depends on them. They are carried along."""
+
+CR0_LEGAL = 0xE005003F
+CR4_LEGAL = 0x00310FFF & ~(1 << 11)
+"""VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT, FSGSBASE (16), SMEP (20), SMAP (21)."""
+EFER_LEGAL = 0xD01
+"""SCE LME LMA NXE."""
+XCR0_LEGAL = XFEATURE_X87 | XFEATURE_SSE
+RFLAGS_LEGAL = 0x3F7FD7
+
+
+@frozen
+class EngineState:
+    """What `unpack` finds in the structure; the rest of a VcpuState lies outside the engine."""
+
+    fields: Mapping[str, object]
+    nmi_masked: bool
+    interrupt_shadow: bool
+
+
+def _unpack_segment(blob: bytes, offset: int) -> Segment:
+    selector, base, limit, flags = _SEGMENT.unpack_from(blob, offset)
+    access = (flags >> _SEGMENT_FLAGS_SHIFT) & _ACCESS_MASK
+    if not access & AR_PRESENT:
+        access |= AR_UNUSABLE
+    return Segment(selector & 0xFFFF, base, limit, access)
+
+
+def _pack_segment(blob: bytearray, offset: int, segment: Segment) -> None:
+    access = segment.access & _ACCESS_MASK
+    if segment.access & AR_UNUSABLE:
+        access &= ~AR_PRESENT
+    _SEGMENT.pack_into(
+        blob, offset, segment.selector, segment.base, segment.limit, access << _SEGMENT_FLAGS_SHIFT
+    )
+
+
+def _u16(blob: bytes, offset: int) -> int:
+    return int.from_bytes(blob[offset : offset + 2], "little")
+
+
+def _u32(blob: bytes, offset: int) -> int:
+    return int.from_bytes(blob[offset : offset + 4], "little")
+
+
+def _u64(blob: bytes, offset: int) -> int:
+    return int.from_bytes(blob[offset : offset + 8], "little")
+
+
+def _unpack_xsave(blob: bytes) -> bytes:
+    """SDM vol. 1 table 13-1 (64-bit form). The engine keeps x87 registers by their physical number."""
+    area = bytearray(XSAVE_MIN_SIZE)
+    top = _u32(blob, at.FPSTT) & 7
+    status = (_u16(blob, at.FPUS) & ~0x3800) | top << 11
+    valid = sum(1 << i for i in range(8) if not blob[at.FPTAGS + i])
+    struct.pack_into(
+        "<HHBxHQQII", area, 0, _u16(blob, at.FPUC), status, valid, _u16(blob, at.FPOP),
+        _u64(blob, at.FPIP), _u64(blob, at.FPDP), _u32(blob, at.MXCSR), _MXCSR_MASK,
+    )  # fmt: skip
+    for i in range(8):
+        source = at.FPREGS + 16 * ((top + i) & 7)
+        area[_ST_OFFSET + 16 * i : _ST_OFFSET + 16 * i + 10] = blob[source : source + 10]
+    for i in range(16):
+        source = at.XMM + at.XMM_STRIDE * i
+        area[_XMM_OFFSET + 16 * i : _XMM_OFFSET + 16 * i + 16] = blob[source : source + 16]
+    _XSAVE_BV.pack_into(area, XSAVE_LEGACY_SIZE, XFEATURE_X87 | XFEATURE_SSE)
+    return bytes(area)
+
+
+def _pack_xsave(blob: bytearray, area: bytes) -> None:
+    components, compacted = struct.unpack_from("<QQ", area, XSAVE_LEGACY_SIZE)
+    if compacted:
+        raise StateError("vCPU state: xsave is in the compacted format; the standard one is expected.")
+    if components & ~(XFEATURE_X87 | XFEATURE_SSE):
+        raise StateError(
+            f"vCPU state: xsave holds components {components:#x}; the Unicorn backend has x87 and SSE only.",
+            "Start the machine with a CPUID portability level of at least x86-64-v2.",
+        )
+    if components & XFEATURE_X87:
+        control, status, valid, opcode, fpip, fpdp = struct.unpack_from("<HHBxHQQ", area, 0)
+    else:
+        control, status, valid, opcode, fpip, fpdp = 0x37F, 0, 0, 0, 0, 0
+    top = (status >> 11) & 7
+    struct.pack_into("<IHH", blob, at.FPSTT, top, status & ~0x3800, control)
+    struct.pack_into("<H", blob, at.FPOP, opcode)
+    struct.pack_into("<QQ", blob, at.FPIP, fpip, fpdp)
+    for i in range(8):
+        blob[at.FPTAGS + i] = 0 if valid >> i & 1 else 1
+        if components & XFEATURE_X87:
+            target = at.FPREGS + 16 * ((top + i) & 7)
+            blob[target : target + 10] = area[_ST_OFFSET + 16 * i : _ST_OFFSET + 16 * i + 10]
+    mxcsr = _u32(area, 24)
+    if mxcsr & ~_MXCSR_MASK:
+        raise StateError(f"vCPU state: MXCSR {mxcsr:#x} has reserved bits set.")
+    struct.pack_into("<I", blob, at.MXCSR, mxcsr)
+    if components & XFEATURE_SSE:
+        for i in range(16):
+            target = at.XMM + at.XMM_STRIDE * i
+            blob[target : target + 16] = area[_XMM_OFFSET + 16 * i : _XMM_OFFSET + 16 * i + 16]
+
+
+def unpack(blob: bytes) -> EngineState:
+    """Read a structure. Between two slices the engine keeps all of RFLAGS in its eflags field."""
+    msrs = {index: _u64(blob, offset) for index, offset in _MSRS_U64.items()}
+    msrs[MSR_IA32_SYSENTER_CS] = _u32(blob, at.SYSENTER_CS)
+    cr = struct.unpack_from("<9Q", blob, at.CR)
+    dr = struct.unpack_from("<8Q", blob, at.DR)
+    fields: dict[str, object] = {
+        "registers": dict(zip(GENERAL_REGISTERS, _GENERAL.unpack_from(blob, at.REGS), strict=True)),
+        "rip": _u64(blob, at.EIP),
+        "rflags": _u64(blob, at.EFLAGS) | FLAG_FIXED,
+        "segments": {
+            name: _unpack_segment(blob, at.SEGS + at.SEGMENT_SIZE * i) for i, name in enumerate(SEGMENT_NAMES)
+        },
+        "ldtr": _unpack_segment(blob, at.LDT),
+        "tr": _unpack_segment(blob, at.TR),
+        "gdtr": DescriptorTable(_u64(blob, at.GDT + 8), _u32(blob, at.GDT + 16) & 0xFFFF),
+        "idtr": DescriptorTable(_u64(blob, at.IDT + 8), _u32(blob, at.IDT + 16) & 0xFFFF),
+        "cr0": cr[0],
+        "cr2": cr[2],
+        "cr3": cr[3],
+        "cr4": cr[4],
+        "cr8": blob[at.V_TPR] & 0xF,
+        "xcr0": _u64(blob, at.XCR0),
+        "efer": _u64(blob, at.EFER),
+        "dr": (*dr[0:4], dr[6], dr[7]),
+        "msrs": msrs,
+        "xsave": _unpack_xsave(blob),
+    }
+    return EngineState(
+        fields,
+        nmi_masked=bool(_u32(blob, at.HFLAGS2) & at.HF2_NMI_MASKED),
+        interrupt_shadow=bool(_u32(blob, at.HFLAGS) & at.HF_INHIBIT_IRQ),
+    )
+
+
+def _refuse_bits(name: str, value: int, legal: int, remedy: str = "") -> None:
+    if value & ~legal:
+        raise StateError(
+            f"vCPU state: {name} is {value:#x}; the Unicorn backend cannot hold the bits {value & ~legal:#x}.", remedy
+        )
+
+
+def carried_msrs(state: VcpuState) -> dict[int, int]:
+    """The MSRs of a state that the engine has no place for but that may be carried along. Raises StateError."""
+    carried: dict[int, int] = {}
+    for index, value in state.msrs.items():
+        if index in _MSRS_U64 or index == MSR_IA32_SYSENTER_CS:
+            continue
+        if value and index not in _INERT_MSRS:
+            raise StateError(
+                f"vCPU state: MSR {index:#x} is {value:#x}; the Unicorn backend does not have that MSR.",
+                "Start the machine with a CPU contract that Unicorn can honour.",
+            )
+        carried[index] = value
+    return carried
+
+
+def pack(state: VcpuState) -> bytearray:
+    """The whole structure for a state. Raises StateError naming what the engine cannot hold."""
+    level = "Start the machine with a CPUID contract that the Unicorn backend can honour."
+    _refuse_bits("rflags", state.rflags, RFLAGS_LEGAL)
+    _refuse_bits("cr0", state.cr0, CR0_LEGAL)
+    _refuse_bits("cr4", state.cr4, CR4_LEGAL, level)
+    _refuse_bits("efer", state.efer, EFER_LEGAL, level)
+    _refuse_bits("xcr0", state.xcr0, XCR0_LEGAL, level)
+    if state.msrs[MSR_IA32_SYSENTER_CS] >> 32:
+        raise StateError("vCPU state: MSR 0x174 (SYSENTER_CS) has more than 32 bits; the Unicorn backend holds 32.")
+    carried_msrs(state)
+    blob = bytearray(at.ENV_SIZE)
+    _GENERAL.pack_into(blob, at.REGS, *(state.registers[name] for name in GENERAL_REGISTERS))
+    struct.pack_into("<QQ", blob, at.EIP, state.rip, state.rflags | FLAG_FIXED)
+    struct.pack_into("<Q", blob, at.CC_SRC, state.rflags & FLAGS_ARITHMETIC)
+    struct.pack_into("<Ii", blob, at.CC_OP, at.CC_OP_EFLAGS, -1 if state.rflags & FLAG_DF else 1)
+    hflags = at.HF_INHIBIT_IRQ if state.events.interrupt_shadow else 0
+    if state.cr4 & 1 << 21:
+        hflags |= at.HF_SMAP
+    hflags2 = at.HF2_GIF | (at.HF2_NMI_MASKED if state.events.nmi_masked else 0)
+    struct.pack_into("<II", blob, at.HFLAGS, hflags, hflags2)
+    for i, name in enumerate(SEGMENT_NAMES):
+        _pack_segment(blob, at.SEGS + at.SEGMENT_SIZE * i, state.segments[name])
+    _pack_segment(blob, at.LDT, state.ldtr)
+    _pack_segment(blob, at.TR, state.tr)
+    _SEGMENT.pack_into(blob, at.GDT, 0, state.gdtr.base, state.gdtr.limit, 0)
+    _SEGMENT.pack_into(blob, at.IDT, 0, state.idtr.base, state.idtr.limit, 0)
+    struct.pack_into("<9Q", blob, at.CR, state.cr0, 0, state.cr2, state.cr3, state.cr4, 0, 0, 0, 0)
+    struct.pack_into("<i", blob, at.A20_MASK, -1)
+    struct.pack_into("<Q", blob, at.EFER, state.efer)
+    _pack_xsave(blob, state.xsave)
+    for index, offset in _MSRS_U64.items():
+        struct.pack_into("<Q", blob, offset, state.msrs.get(index, 0))
+    struct.pack_into("<I", blob, at.SYSENTER_CS, state.msrs[MSR_IA32_SYSENTER_CS])
+    struct.pack_into("<Q", blob, at.XCR0, state.xcr0)
+    dr = state.dr
+    struct.pack_into("<8Q", blob, at.DR, *dr[0:4], 0, 0, *dr[4:6])
+    struct.pack_into("<i", blob, at.OLD_EXCEPTION, -1)
+    blob[at.V_TPR] = state.cr8
+    return blob

@@ -1,0 +1,98 @@
+"""Where the engine keeps what its public interface does not show.
+
+Offsets are those of Unicorn 2.1.4 built for Linux x86-64 (`uc_struct`, `CPUState`, `CPUX86State`). None is trusted:
+`selftest.verify` compares every one with what the public interface, the exported functions' own machine code or a
+small guest's behaviour say, and the backend refuses to work on the first difference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+# struct uc_struct
+UC_CPU = 440
+UC_NO_EXIT_REQUEST = 2034
+
+# struct CPUState
+CPU_INTERRUPT_REQUEST = 28
+CPU_ENV_PTR = 296
+CPU_ICOUNT_DECR_PTR = 304
+CPU_HALTED = 33176
+CPU_EXCEPTION_INDEX = 33184
+CPU_ENV = 35408
+
+# struct CPUX86State
+REGS = 0
+EIP = 128
+EFLAGS = 136
+CC_SRC = 152
+CC_OP = 168
+DF = 172
+HFLAGS = 176
+HFLAGS2 = 180
+SEGS = 184
+LDT = 328
+TR = 352
+GDT = 376
+IDT = 400
+CR = 424
+A20_MASK = 496
+EFER = 592
+FPSTT = 604
+FPUS = 608
+FPUC = 610
+FPTAGS = 612
+FPREGS = 624
+FPOP = 752
+FPIP = 760
+FPDP = 768
+MXCSR = 816
+XMM = 824
+XMM_STRIDE = 64
+SYSENTER_CS = 4800
+SYSENTER_ESP = 4808
+SYSENTER_EIP = 4816
+STAR = 4824
+LSTAR = 4840
+CSTAR = 4848
+FMASK = 4856
+KERNEL_GS_BASE = 4864
+TSC_AUX = 4896
+XCR0 = 4904
+PAT = 5280
+ERROR_CODE = 5384
+EXCEPTION_IS_INT = 5388
+EXCEPTION_NEXT_EIP = 5392
+DR = 5400
+OLD_EXCEPTION = 5496
+VM_VMCB = 5504
+TSC_OFFSET = 5512
+V_TPR = 5556
+ENV_SIZE = 5568
+"""Up to `end_reset_fields`: everything that is guest state."""
+
+SEGMENT_SIZE = 24
+"""selector u32 (0), base u64 (8), limit u32 (16), flags u32 (20)."""
+
+# Hidden flags, "HF_" and "HF2_" in the engine's source.
+HF_INHIBIT_IRQ = 1 << 3
+HF_SMAP = 1 << 23
+HF2_GIF = 1 << 0
+HF2_NMI_MASKED = 1 << 2
+
+# CPUState.interrupt_request
+REQUEST_VIRQ = 0x100
+REQUEST_NMI = 0x200
+
+CC_OP_EFLAGS = 1
+VMCB_INT_VECTOR = 0x64
+"""Where in the page at vm_vmcb the engine reads a virtual interrupt's vector."""
+
+
+def read_pointer(address: int) -> int:
+    return ctypes.c_uint64.from_address(address).value
+
+
+def cpu_address(handle: int) -> int:
+    """CPUState of an engine that has been initialised by some call."""
+    return read_pointer(handle + UC_CPU)
