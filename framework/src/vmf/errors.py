@@ -6,6 +6,8 @@ error is one line without jargon; the CLI prints it as it is and exits with `exi
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class VmfError(Exception):
     """Base of every error vmf raises on purpose.
@@ -111,6 +113,34 @@ class TeleportCancelled(TeleportError):
     """A teleport was cancelled on request before the handover."""
 
     code = "teleport-cancelled"
+
+
+class TeleportBlocked(TeleportError):
+    """The target cannot take this machine; nothing was moved.
+
+    Attributes:
+        blockers: every reason (`vmf.teleport.check.Blocker`), all at once.
+    """
+
+    code = "teleport-blocked"
+
+    def __init__(self, message: str, remedy: str = "", blockers: tuple[Any, ...] = ()) -> None:
+        super().__init__(message, remedy)
+        self.blockers = blockers
+
+
+class TeleportUncertain(TeleportError):
+    """HANDOVER was sent and the target did not confirm: it may run there, so the source stays paused.
+
+    Attributes:
+        teleport_id: by which both sides know this teleport, hexadecimal.
+    """
+
+    code = "teleport-uncertain"
+
+    def __init__(self, message: str, remedy: str = "", teleport_id: str = "") -> None:
+        super().__init__(message, remedy)
+        self.teleport_id = teleport_id
 
 
 class LocalProtocolError(TeleportError):

@@ -7,7 +7,7 @@ the work is done.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vmf.device.base import Payload
 from vmf.machine.dirty import DirtyTracker
@@ -63,3 +63,16 @@ class TeleportableMachine(Protocol):
 
     def discard_arrival(self) -> None:
         """At the target: forget everything that arrived (RAM too) and be as before, waiting."""
+
+
+@runtime_checkable
+class ListsPayloads(Protocol):
+    """Optional: a machine that can say beforehand which payloads it saves, or takes."""
+
+    def payload_kinds(self) -> Sequence[tuple[str, int, int]]:
+        """(kind, version, instance) of every payload."""
+
+
+def payload_kinds(machine: object) -> tuple[tuple[str, int, int], ...]:
+    """What the machine says, or () when it does not."""
+    return tuple(machine.payload_kinds()) if isinstance(machine, ListsPayloads) else ()
