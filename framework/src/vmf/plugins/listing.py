@@ -75,7 +75,7 @@ def _probed(base: PluginRecord, entry: PluginEntry, seconds: float) -> PluginRec
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", "vmf.plugins.listing", entry.kind, entry.name, str(writer)],
+            [sys.executable, "-P", "-m", "vmf.plugins.listing", entry.kind, entry.name, str(writer)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -1,0 +1,205 @@
+"""controlvm: what can be done to a running machine. Each verb is a command of the group, so verbs can be added."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from vmf.cli.common import home, machine_argument, say
+from vmf.cli.app import json_option
+from vmf.control.client import ControlClient
+
+if TYPE_CHECKING:
+    from vmf.machine.home import Home
+
+
+@click.group(subcommand_metavar="VERB [OPTIONS]")
+@machine_argument
+@click.pass_context
+def controlvm(ctx: click.Context, name: str) -> None:
+    """Control the running machine NAME.
+
+    \b
+    Examples:
+      vmf controlvm web pause
+      vmf controlvm web teleport --host otherhost --port 6000
+    """
+    ctx.obj = name
+
+
+@controlvm.command()
+@click.pass_obj
+def pause(name: str) -> None:
+    """Stop the guest; its time stands still.
+
+    \b
+    Example:
+      vmf controlvm web pause
+    """
+    with ControlClient.of(home(), name) as machine:
+        machine.pause()
+    say(f"Machine '{name}' is paused.")
+
+
+@controlvm.command()
+@click.pass_obj
+def resume(name: str) -> None:
+    """Let a paused guest go on.
+
+    \b
+    Example:
+      vmf controlvm web resume
+    """
+    with ControlClient.of(home(), name) as machine:
+        machine.resume()
+    say(f"Machine '{name}' is running.")
+
+
+@controlvm.command()
+@click.pass_obj
+def poweroff(name: str) -> None:
+    """Pull the plug: what the guest has not saved is lost.
+
+    \b
+    Example:
+      vmf controlvm web poweroff
+    """
+    with ControlClient.of(home(), name) as machine:
+        machine.power_off()
+    say(f"Machine '{name}' is powered off.")
+
+
+@controlvm.command()
+@click.pass_obj
+def reset(name: str) -> None:
+    """Press the reset button: the guest starts anew.
+
+    \b
+    Example:
+      vmf controlvm web reset
+    """
+    with ControlClient.of(home(), name) as machine:
+        machine.reset()
+    say(f"Machine '{name}' is reset.")
+
+
+@controlvm.command()
+@click.option("--host", metavar="H", help="Host name or address of the target.")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="P", help="TCP port on which the target waits.")
+@click.option(
+    "--maxdowntime",
+    type=click.IntRange(min=1),
+    default=250,
+    show_default=True,
+    metavar="MS",
+    help="Goal for the time the guest stands still, milliseconds.",
+)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Give up after S seconds.")
+@click.option("--transport", default="tcp", show_default=True, metavar="NAME", help="Transport plugin.")
+@click.option("--cancel", is_flag=True, help="Cancel the teleport that is under way.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "plain", "json", "none"]),
+    default="auto",
+    show_default=True,
+    help="How to show it: auto draws on a terminal.",
+)
+@json_option
+@click.pass_obj
+def teleport(
+    name: str,
+    host: str | None,
+    port: int | None,
+    maxdowntime: int,
+    timeout: float | None,
+    transport: str,
+    cancel: bool,
+    progress: str,
+    as_json: bool,
+) -> None:
+    """Move the machine, while it runs, to the host that waits for it.
+
+    Ctrl-C (or --cancel from elsewhere) cancels the teleport before the handover: the machine goes on here.
+
+    \b
+    Examples:
+      vmf controlvm web teleport --host otherhost --port 6000
+      vmf controlvm web teleport --host otherhost --port 6000 --maxdowntime 100 --timeout 60
+      vmf controlvm web teleport --cancel
+    """
+    if cancel:
+        _cancel(name, as_json)
+        return
+    if host is None or port is None:
+        missing = " and ".join(option for option, value in (("--host", host), ("--port", port)) if value is None)
+        raise click.UsageError(f"A teleport needs {missing}.", click.get_current_context())
+    from vmf.cli.progress import progress_view, show_summary
+
+    view = progress_view("none" if as_json and progress == "auto" else progress)
+    where = home()
+    with ControlClient.of(where, name) as machine, _Cancelling(where, name):
+        try:
+            summary = machine.teleport(
+                host,
+                port,
+                transport=transport,
+                max_downtime_ms=maxdowntime,
+                timeout_s=timeout,
+                progress=view.update,
+            )
+        finally:
+            view.close()
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        say(f"Machine '{name}' runs on {host} now.")
+        show_summary(summary)
+
+
+def _cancel(name: str, as_json: bool) -> None:
+    with ControlClient.of(home(), name) as machine:
+        cancelled = machine.cancel_teleport()
+    if as_json:
+        say(json.dumps({"cancelled": cancelled}))
+    elif cancelled:
+        say(f"The teleport of machine '{name}' is being cancelled.")
+    else:
+        say(f"There is no teleport of machine '{name}' to cancel.")
+
+
+class _Cancelling:
+    """While inside, the first Ctrl-C cancels the teleport and the second gives up waiting for that."""
+
+    def __init__(self, where: Home, name: str) -> None:
+        self._home = where
+        self._name = name
+        self._asked = False
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._interrupted)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        # Straight to the descriptor: the interrupted code may be inside Python's own buffered output.
+        os.write(2, b"\nvmf: cancelling the teleport ...\n")
+        threading.Thread(target=self._ask, name="vmf-cancel", daemon=True).start()
+
+    def _ask(self) -> None:
+        try:
+            with ControlClient.of(self._home, self._name) as machine:
+                cancelled = machine.cancel_teleport()
+            if not cancelled:
+                os.write(2, b"vmf: too late to cancel\n")
+        except Exception as error:  # noqa: BLE001 - the main thread shows what becomes of the teleport
+            os.write(2, f"vmf: cannot cancel: {error}\n".encode())

@@ -1,0 +1,182 @@
+"""showvminfo and list."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vmf.cli.common import home, machine_argument, say, table
+from vmf.cli.app import json_option
+from vmf.errors import VmfError
+
+if TYPE_CHECKING:
+    from vmf.machine.home import Home
+
+UNRESPONSIVE = "not answering"
+
+
+@click.command()
+@machine_argument
+@json_option
+def showvminfo(name: str, as_json: bool) -> None:
+    """Show the definition and the state of machine NAME.
+
+    \b
+    Examples:
+      vmf showvminfo web
+      vmf showvminfo web --json
+    """
+    where = home()
+    config = where.load(name)
+    paths = where.paths(name)
+    process = where.process(name)
+    state, live = _state(where, name)
+    last = where.last_run(name) if process is None else {}
+    if as_json:
+        answer: dict[str, Any] = {
+            "name": name,
+            "state": state,
+            "pid": None if process is None else process.pid,
+            "config": config.to_dict(),
+            "live": live,
+            "last_run": last,
+            "definition": str(paths.definition),
+            "console_log": str(paths.console_log),
+            "vmm_log": str(paths.vmm_log),
+        }
+        say(json.dumps(answer, indent=2))
+        return
+    teleporter = config.teleporter
+    waits = f"on, {teleporter.transport}:{teleporter.address}:{teleporter.port}" if teleporter.enabled else "off"
+    rows: list[tuple[str, object]] = [
+        ("Name", name),
+        ("State", state),
+        ("Process", "" if process is None else process.pid),
+        ("Failure", live.get("failure")),
+        ("Last run", last.get("detail")),
+        ("UUID", config.uuid),
+        ("Description", config.description),
+        ("Memory", f"{config.memory_mib} MiB"),
+        ("CPU backend", config.cpu_backend),
+        ("CPU backend in use", live.get("cpu_backend_used")),
+        ("Kernel", config.kernel),
+        ("Initrd", config.initrd),
+        ("Command line", config.cmdline),
+        ("Image", config.image),
+        ("Devices", ", ".join(config.devices)),
+        ("Teleporter", waits),
+        ("Waits at", live.get("teleporter_address")),
+        ("Guest time", f"{live['guest_time_seconds']} s" if "guest_time_seconds" in live else ""),
+        ("Definition", paths.definition),
+        ("Console log", paths.console_log),
+    ]
+    if state == "aborted":
+        rows.insert(2, ("", "its process ended without cleaning up; `vmf startvm` starts it anew"))
+    width = max(len(label) for label, _ in rows) + 2
+    for label, value in rows:
+        if value not in (None, ""):
+            say(f"{(label + ':' if label else '').ljust(width)}{value}")
+
+
+@click.group(name="list")
+def list_() -> None:
+    """List machines or plugins.
+
+    \b
+    Examples:
+      vmf list vms
+      vmf list plugins --json
+    """
+
+
+@list_.command()
+@json_option
+def vms(as_json: bool) -> None:
+    """Every machine that is defined here.
+
+    \b
+    Example:
+      vmf list vms
+    """
+    where = home()
+    _list_machines(where, where.names(), as_json)
+
+
+@list_.command()
+@json_option
+def runningvms(as_json: bool) -> None:
+    """The machines that have a process: running, paused, or waiting for a teleport.
+
+    \b
+    Example:
+      vmf list runningvms --json
+    """
+    where = home()
+    _list_machines(where, where.running(), as_json)
+
+
+@list_.command()
+@json_option
+def plugins(as_json: bool) -> None:
+    """Every installed plugin, and whether it works here.
+
+    Each one is tried in a process of its own, so a broken one does no harm.
+
+    \b
+    Example:
+      vmf list plugins
+    """
+    import attrs
+
+    from vmf.plugins.listing import list_plugins
+
+    records = list_plugins()
+    if as_json:
+        say(json.dumps([attrs.asdict(record) for record in records], indent=2))
+        return
+    rows = []
+    for record in records:
+        here = "yes" + (f" ({record.detail})" if record.detail else "")
+        if not record.usable:
+            here = f"no: {record.reason} {record.remedy}".rstrip()
+        rows.append((record.kind, record.name, record.version, record.distribution, here))
+    table(rows, ("KIND", "NAME", "VERSION", "DISTRIBUTION", "USABLE HERE"))
+
+
+def _list_machines(where: Home, names: list[str], as_json: bool) -> None:
+    records: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            config = where.load(name)
+        except VmfError as error:
+            records.append({"name": name, "uuid": "", "state": "invalid", "memory_mib": 0, "error": str(error)})
+            continue
+        state, _ = _state(where, name)
+        records.append({"name": name, "uuid": config.uuid, "state": state, "memory_mib": config.memory_mib})
+    if as_json:
+        say(json.dumps(records, indent=2))
+        return
+    table(
+        [
+            (record["name"], record["state"], f"{record['memory_mib']} MiB", record.get("error") or record["uuid"])
+            for record in records
+        ],
+        ("NAME", "STATE", "MEMORY", "UUID"),
+    )
+
+
+def _state(where: Home, name: str) -> tuple[str, dict[str, Any]]:
+    """The machine's state, and what its process says of it."""
+    if where.process(name) is None:
+        return where.resting_state(name), {}
+    from vmf.control.client import ControlClient
+
+    try:
+        with ControlClient.of(where, name) as machine:
+            live = machine.info()
+    except VmfError:
+        # It may have ended just now.
+        return (UNRESPONSIVE if where.process(name) else where.resting_state(name)), {}
+    return str(live.get("state", UNRESPONSIVE)), live

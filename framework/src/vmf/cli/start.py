@@ -1,0 +1,155 @@
+"""startvm and console: the process of a machine, and its serial port."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from vmf.cli.common import home, machine_argument, say
+from vmf.cli.app import json_option
+from vmf.control.process import Observer, run_machine_process, spawn_detached
+from vmf.machine.home import Home
+
+
+@click.command()
+@machine_argument
+@click.option("--detach", is_flag=True, help="Leave it running in the background; return when it runs or waits.")
+@click.option("--console", "with_console", is_flag=True, help="Attach to its serial console as soon as it runs.")
+@json_option
+def startvm(name: str, detach: bool, with_console: bool, as_json: bool) -> None:
+    """Start machine NAME.
+
+    It runs in this process until it powers off or is teleported away; Ctrl-C powers it off. With the teleporter on,
+    it does not boot but waits for a teleport to arrive. Its serial output goes to `vmf console NAME` and to a log.
+
+    \b
+    Examples:
+      vmf startvm web --detach
+      vmf startvm web --console
+    """
+    if detach and with_console:
+        raise click.UsageError("--detach and --console exclude each other.", click.get_current_context())
+    if detach:
+        ready = spawn_detached(home(), name)
+        if as_json:
+            say(json.dumps({"name": name, **ready}))
+        elif ready["address"]:
+            say(f"Machine '{name}' waits for a teleport at {ready['address']} (process {ready['pid']}).")
+        else:
+            say(f"Machine '{name}' is running (process {ready['pid']}).")
+        return
+    state = run_machine_process(home(), name, _Foreground(home(), name, with_console, as_json))
+    if as_json:
+        say(json.dumps({"event": "ended", "state": state}))
+    else:
+        say(f"Machine '{name}' {'runs on another host now' if state == 'teleported' else 'is powered off'}.")
+
+
+@click.command()
+@machine_argument
+@click.option("--no-scrollback", is_flag=True, help="Show only what comes from now on.")
+@click.option(
+    "--linger",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="S",
+    help="When piped input has ended, detach after S seconds without output.",
+)
+def console(name: str, no_scrollback: bool, linger: float) -> None:
+    """Attach to the serial console of machine NAME.
+
+    Ctrl-] detaches and leaves the machine running. Standard input may be a pipe.
+
+    \b
+    Examples:
+      vmf console web
+      echo uname -a | vmf console web
+    """
+    _attach(home(), name, scrollback=not no_scrollback, linger=linger)
+
+
+def _attach(where: Home, name: str, *, scrollback: bool, linger: float = 1.0) -> None:
+    from vmf.control.attach import AttachEnd, attach, connect
+
+    connection = connect(where, name, scrollback=scrollback)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        click.echo(f"Attached to machine '{name}'; Ctrl-] detaches.", err=True)
+    sys.stdout.flush()
+    end = attach(connection, sys.stdin.fileno(), sys.stdout.fileno(), linger=linger)
+    if terminal:
+        what = "Detached; the machine goes on." if end is AttachEnd.DETACHED else "The machine's console has ended."
+        click.echo(f"\n{what}", err=True)
+
+
+class _Foreground(Observer):
+    """Shows what a machine in this process does."""
+
+    def __init__(self, where: Home, name: str, with_console: bool, as_json: bool) -> None:
+        self._home = where
+        self._name = name
+        self._with_console = with_console
+        self._as_json = as_json
+        self._view: Any = None
+
+    def waiting(self, address: str) -> None:
+        if self._as_json:
+            say(json.dumps({"event": "waiting", "address": address}))
+        else:
+            say(f"Machine '{self._name}' waits for a teleport at {address}. Ctrl-C ends it.")
+
+    def arriving(self, event: Mapping[str, Any]) -> None:
+        if self._view is None:
+            from vmf.cli.progress import progress_view
+
+            self._view = progress_view("json" if self._as_json else "auto")
+        self._view.update(event)
+
+    def arrived(self, summary: Mapping[str, Any]) -> None:
+        if self._view is not None:
+            self._view.close()
+        if self._as_json:
+            say(json.dumps({"event": "arrived", "summary": dict(summary)}))
+        else:
+            from vmf.cli.progress import show_summary
+
+            show_summary(summary)
+
+    def running(self, info: Mapping[str, Any]) -> None:
+        state = "running" if info.get("state") == "running" else str(info.get("state"))
+        if self._as_json:
+            say(json.dumps({"event": "running", "info": dict(info)}))
+        else:
+            backend = info.get("cpu_backend_used")
+            on = f" on {backend}" if backend else ""
+            say(f"Machine '{self._name}' is {state}{on}. Console: vmf console {self._name}   Ctrl-C powers it off.")
+        if self._with_console:
+            threading.Thread(target=self._console, name="vmf-attach", daemon=True).start()
+
+    def state_changed(self, old: str, new: str) -> None:
+        if self._as_json:
+            say(json.dumps({"event": "state", "old": old, "new": new}))
+        elif new == "failed":
+            say(
+                f"Machine '{self._name}' has failed (see vmf showvminfo {self._name});"
+                " it can be reset, or powered off with Ctrl-C."
+            )
+        elif {old, new} == {"paused", "running"}:
+            say(f"Machine '{self._name}' is {new}.")
+
+    def notice(self, text: str) -> None:
+        if self._view is not None:
+            self._view.close()
+        click.echo(f"vmf: {text}", err=True)
+
+    def _console(self) -> None:
+        try:
+            _attach(self._home, self._name, scrollback=True)
+        except Exception as error:  # noqa: BLE001 - the machine goes on without it
+            click.echo(f"vmf: the console cannot be attached: {error}", err=True)

@@ -1,0 +1,137 @@
+"""`Machine` as the control server sees it: plain data instead of typed objects."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from vmf.control.seam import Plain, ProgressCallback
+from vmf.machine.machine import Machine
+from vmf.machine.states import MachineState
+
+if TYPE_CHECKING:
+    from vmf.machine.config import MachineConfig
+    from vmf.plugins.bridge import PluginRegistry
+    from vmf.teleport.progress import ProgressEvent
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of `value`: records become objects, enums their values, infinities and NaN null."""
+    if attrs.has(type(value)):
+        return {field.name: plain(getattr(value, field.name)) for field in attrs.fields(type(value))}
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(each) for each in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes | bytearray):
+        return value.hex()
+    if isinstance(value, Path):
+        return str(value)
+    item = getattr(value, "item", None)  # a NumPy scalar
+    return plain(item()) if callable(item) else str(value)
+
+
+class MachineAdapter:
+    """Implements `ControlledMachine`."""
+
+    def __init__(self, config: MachineConfig, registry: PluginRegistry) -> None:
+        self.machine = Machine(config, registry)
+        self._last_event: Plain = {}
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
+
+    def info(self) -> Plain:
+        answer: Plain = plain(self.machine.info())
+        return answer
+
+    def start(self) -> None:
+        self.machine.start()
+
+    def listen(self) -> str:
+        return str(self.machine.listen())
+
+    def wait_for_teleport(self, progress: ProgressCallback) -> Plain:
+        answer: Plain = plain(self.machine.wait_for_teleport(self._observer(progress)))
+        return answer
+
+    def pause(self) -> None:
+        self.machine.pause()
+
+    def resume(self) -> None:
+        self.machine.resume()
+
+    def power_off(self) -> None:
+        self.machine.power_off()
+
+    def reset(self) -> None:
+        self.machine.reset()
+
+    def start_teleport(
+        self,
+        host: str,
+        port: int,
+        transport: str,
+        max_downtime_ms: int,
+        timeout_s: float | None,
+        progress: ProgressCallback,
+    ) -> Plain:
+        summary = self.machine.teleport(
+            host,
+            port,
+            transport=transport,
+            max_downtime_ms=max_downtime_ms,
+            timeout_s=timeout_s,
+            progress=self._observer(progress),
+        )
+        answer: Plain = plain(summary)
+        return answer
+
+    def cancel_teleport(self) -> bool:
+        return self.machine.cancel_teleport()
+
+    def teleport_status(self) -> Plain:
+        state = self.machine.state
+        role = "target" if state is MachineState.TELEPORTING_IN else "source"
+        active = state in (MachineState.TELEPORTING_IN, MachineState.TELEPORTING, MachineState.TELEPORTING_PAUSED)
+        return {
+            "active": active,
+            "role": role if active else "",
+            "progress": self._last_event,
+            "summary": plain(self.machine.summary),
+        }
+
+    def console_write(self, data: bytes) -> int:
+        return self.machine.type(data)
+
+    def add_console_listener(self, listener: Callable[[bytes], None]) -> None:
+        self.machine.console.add_listener(listener)
+
+    def add_state_listener(self, listener: Callable[[str, str], None]) -> None:
+        self.machine.add_state_listener(lambda old, new: listener(old.value, new.value))
+
+    def wait_finished(self) -> str:
+        # Not FAILED: a failed machine is kept for inspection, until somebody resets it or powers it off.
+        return self.machine.wait_for(MachineState.POWERED_OFF, MachineState.TELEPORTED).value
+
+    def close(self) -> None:
+        self.machine.close()
+
+    def _observer(self, progress: ProgressCallback) -> Callable[[ProgressEvent], None]:
+        def observe(event: ProgressEvent) -> None:
+            self._last_event = plain(event)
+            progress(self._last_event)
+
+        return observe

@@ -1,0 +1,193 @@
+"""The client's end of a machine's control socket.
+
+    with ControlClient.of(Home.default(), "source") as machine:
+        machine.teleport("localhost", 6000, progress=print)
+
+A client is used by one thread at a time. To cancel a teleport from elsewhere, use another client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from vmf.control import rpc, sockets
+from vmf.control.seam import Plain, ProgressCallback
+from vmf.errors import ControlError, InvalidStateError
+from vmf.machine.home import Home
+
+CONNECT_SECONDS = 5.0
+
+
+class ControlClient:
+    """A connection to the process that runs a machine. Every call raises what the machine raised there."""
+
+    def __init__(self, connection: socket.socket, name: str) -> None:
+        self.name = name
+        self._socket = connection
+        self._lines = rpc.LineBuffer(rpc.MAX_RESPONSE)
+        self._waiting: Iterator[bytes] = iter(())
+        self._numbers = itertools.count(1)
+        self._listener: Callable[[Plain], None] | None = None
+
+    @classmethod
+    def of(cls, home: Home, name: str) -> ControlClient:
+        """Connect to a machine. Raises NotFoundError, InvalidStateError when it does not run, ControlError."""
+        home.load(name)
+        if home.process(name) is None:
+            state = home.resting_state(name)
+            raise InvalidStateError(
+                f"Machine '{name}' is not running (it is {state}).", f"Start it with `vmf startvm {name}`."
+            )
+        connection = sockets.connect(home.paths(name).control_socket, CONNECT_SECONDS)
+        connection.settimeout(None)
+        return cls(connection, name)
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection; idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def info(self) -> Plain:
+        """The machine's snapshot."""
+        return self._mapping("info", timeout=30)
+
+    def pause(self) -> None:
+        self.call("pause", timeout=60)
+
+    def resume(self) -> None:
+        self.call("resume", timeout=60)
+
+    def power_off(self) -> None:
+        self.call("poweroff", timeout=120)
+
+    def reset(self) -> None:
+        self.call("reset", timeout=120)
+
+    def teleport(
+        self,
+        host: str,
+        port: int,
+        *,
+        transport: str = "tcp",
+        max_downtime_ms: int = 250,
+        timeout_s: float | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Plain:
+        """Teleport the machine to where a target waits; blocks until it runs there and gives the summary.
+
+        Args:
+            max_downtime_ms: goal for the time during which the guest runs nowhere, milliseconds.
+            timeout_s: give up after so many seconds; None for never.
+            progress: called with every progress event, on this thread.
+        """
+        params = {"host": host, "port": port, "transport": transport, "max_downtime_ms": max_downtime_ms}
+        if timeout_s is not None:
+            params["timeout_s"] = timeout_s
+
+        def notified(method: str, content: Mapping[str, Any]) -> None:
+            if method == "teleport.progress" and progress is not None:
+                progress(content.get("progress", {}))
+
+        return self._mapping("teleport", params, notified=notified)
+
+    def cancel_teleport(self) -> bool:
+        """Ask a teleport under way to stop; False when there is none that can be."""
+        return bool(self._mapping("teleport.cancel", timeout=30).get("cancelled"))
+
+    def teleport_status(self) -> Plain:
+        return self._mapping("teleport.status", timeout=30)
+
+    def events(self) -> Iterator[Plain]:
+        """Subscribe, and give every event from now on until the machine's process ends."""
+        self.call("events.subscribe", timeout=30)
+        self._socket.settimeout(None)
+        while True:
+            try:
+                message = self._receive()
+            except ControlError:
+                return
+            if message.get("method") == "event" and isinstance(message.get("params"), dict):
+                yield message["params"]
+
+    # -- the machinery
+
+    def call(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        notified: Callable[[str, Mapping[str, Any]], None] | None = None,
+    ) -> Any:
+        """One request and its result; `notified` gets the notifications that come in between.
+
+        Args:
+            timeout: longest silence in seconds.
+
+        After an error of the connection itself (ControlError) the client cannot be used any more.
+        """
+        identifier = next(self._numbers)
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.sendall(rpc.encode({"id": identifier, "method": method, "params": dict(params or {})}))
+        except OSError as error:
+            raise self._lost(error) from error
+        while True:
+            message = self._receive()
+            if "method" in message:
+                content = message.get("params")
+                if notified is not None and isinstance(content, dict):
+                    notified(str(message["method"]), content)
+            elif message.get("id") == identifier:
+                if "error" in message:
+                    raise rpc.error_from(message["error"])
+                return message.get("result")
+            elif message.get("id") is None and "error" in message:
+                raise rpc.error_from(message["error"])
+
+    def _mapping(self, method: str, params: Mapping[str, Any] | None = None, **arguments: Any) -> Plain:
+        answer = self.call(method, params, **arguments)
+        if not isinstance(answer, dict):
+            raise ControlError(f"The process of machine '{self.name}' answered {method} with {answer!r}.")
+        return answer
+
+    def _receive(self) -> dict[str, Any]:
+        while True:
+            try:
+                for line in self._waiting:
+                    return rpc.decode(line)
+                data = self._socket.recv(65536)
+            except (ValueError, TypeError, rpc.TooLong) as error:
+                raise ControlError(
+                    f"The process of machine '{self.name}' does not speak the control protocol: {error}.",
+                    "Is its vmf older or newer than this one?",
+                ) from error
+            except TimeoutError as error:
+                raise ControlError(
+                    f"The process of machine '{self.name}' does not answer.", "See its vmm.log, or try again."
+                ) from error
+            except OSError as error:
+                raise self._lost(error) from error
+            if not data:
+                raise self._lost(None)
+            self._waiting = self._lines.feed(data)
+
+    def _lost(self, error: OSError | None) -> ControlError:
+        why = f": {error.strerror or error}" if error is not None else ""
+        return ControlError(
+            f"The process of machine '{self.name}' ended the connection{why}.", f"See `vmf showvminfo {self.name}`."
+        )

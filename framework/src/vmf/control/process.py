@@ -1,0 +1,306 @@
+"""The process that runs one machine: the body of `vmf startvm`.
+
+Theory of operation. The main thread only waits: for signals, which arrive as bytes in a pipe (a handler may interrupt
+the main thread anywhere, so it must not touch locks), and for the thread that lives the machine's life: boot or wait
+for a teleport, run, finish. Control and console are served from before the machine starts until after it ended, so
+every state can be asked for and no answer is lost. The first SIGINT, SIGTERM or SIGHUP powers the machine off and
+lets the process end in order; the second ends it at once (the machine is then "aborted").
+
+A detached machine is the same function in a new session, with its messages in vmm.log; it reports readiness, or its
+error, as one line of JSON on a pipe to whoever started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import define
+
+from vmf.control import rpc
+from vmf.control.console import ConsoleServer
+from vmf.control.seam import ControlledMachine, Plain
+from vmf.control.server import ControlServer
+from vmf.errors import InvalidStateError, MachineError, TeleportCancelled, VmfError
+from vmf.machine.config import MachineConfig
+from vmf.machine.home import Home, MachinePaths
+
+log = logging.getLogger("vmf.process")
+
+MachineFactory = Callable[[MachineConfig, Callable[[VmfError], None]], ControlledMachine]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Observer:
+    """What the process tells about its machine while it goes on; every method may be called from any thread."""
+
+    def waiting(self, address: str) -> None:
+        """It listens for a teleport at this address (`scheme:host:port`, the real port)."""
+
+    def arriving(self, event: Mapping[str, Any]) -> None:
+        """Progress of an arriving teleport."""
+
+    def arrived(self, summary: Mapping[str, Any]) -> None:
+        """The teleport is done."""
+
+    def running(self, info: Mapping[str, Any]) -> None:
+        """The guest runs here."""
+
+    def state_changed(self, old: str, new: str) -> None:
+        """Every change of state."""
+
+    def notice(self, text: str) -> None:
+        """One line for people."""
+
+
+@define
+class _Outcome:
+    state: str = "poweredoff"
+    error: BaseException | None = None
+
+
+def run_machine_process(
+    home: Home,
+    name: str,
+    observer: Observer | None = None,
+    *,
+    make_machine: MachineFactory | None = None,
+) -> str:
+    """Run a machine in this process until it has finished; its last state ("poweredoff" or "teleported").
+
+    Call it on the main thread: it handles signals. Raises whatever kept the machine from starting, and
+    InvalidStateError when another process runs it.
+    """
+    watcher = observer if observer is not None else Observer()
+    with home.own(name) as paths:
+        config = home.load(name)
+        outcome = _Outcome()
+        try:
+            machine = (make_machine or _real_machine)(config, lambda problem: watcher.notice(f"warning: {problem}"))
+            with contextlib.closing(machine):
+                _serve(machine, config, paths, watcher, outcome)
+        except VmfError as error:
+            outcome.error = error
+        detail = str(outcome.error) if isinstance(outcome.error, VmfError) else ""
+        try:
+            home.record_end(name, outcome.state, detail)
+        except VmfError as error:
+            watcher.notice(f"warning: {error}")
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.state
+
+
+def _real_machine(config: MachineConfig, report: Callable[[VmfError], None]) -> ControlledMachine:
+    from vmf.control.adapter import MachineAdapter
+    from vmf.plugins.bridge import PluginRegistry
+
+    return MachineAdapter(config, PluginRegistry(on_problem=report))
+
+
+def _serve(
+    machine: ControlledMachine, config: MachineConfig, paths: MachinePaths, watcher: Observer, outcome: _Outcome
+) -> None:
+    console = ConsoleServer(machine.console_write, paths.console_socket, paths.console_live_socket, paths.console_log)
+    machine.add_console_listener(console.output)
+    machine.add_state_listener(watcher.state_changed)
+    machine.add_state_listener(lambda old, new: log.info("%s -> %s", old, new))
+    control = ControlServer(machine, paths.control_socket)
+    console.start()
+    control.start()
+    stopping = threading.Event()
+    with _signal_pipe() as (reader, writer):
+
+        def live() -> None:
+            try:
+                outcome.state = _live(machine, config, watcher, stopping)
+            except BaseException as error:  # noqa: BLE001 - raised again on the main thread
+                outcome.error = error
+            os.write(writer, b"\0")
+
+        life = threading.Thread(target=live, name="vmf-life", daemon=True)
+        life.start()
+        signals = 0
+        while received := os.read(reader, 1):
+            if received == b"\0":
+                break
+            signals += 1
+            if signals > 1:
+                watcher.notice("Ended at once.")
+                os._exit(128 + received[0])
+            stopping.set()
+            watcher.notice(f"{signal.Signals(received[0]).name}: powering off (once more to end at once) ...")
+            threading.Thread(target=_power_off, args=(machine,), name="vmf-poweroff", daemon=True).start()
+        life.join()
+    control.close()
+    console.close()
+
+
+def _live(machine: ControlledMachine, config: MachineConfig, watcher: Observer, stopping: threading.Event) -> str:
+    if config.teleporter.enabled:
+        watcher.waiting(machine.listen())
+        if stopping.is_set():
+            machine.cancel_teleport()
+        try:
+            summary = machine.wait_for_teleport(watcher.arriving)
+        except TeleportCancelled:
+            return "poweredoff"
+        watcher.arrived(summary)
+    else:
+        machine.start()
+    watcher.running(machine.info())
+    if stopping.is_set():
+        _power_off(machine)
+    return machine.wait_finished()
+
+
+def _power_off(machine: ControlledMachine) -> None:
+    try:
+        machine.power_off()
+    except InvalidStateError:
+        log.debug("Nothing to power off.", exc_info=True)
+    except VmfError as error:
+        log.warning("%s", error)
+
+
+@contextlib.contextmanager
+def _signal_pipe() -> Iterator[tuple[int, int]]:
+    """While inside, signals arrive in a pipe as their numbers, one byte each."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = {}
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        if main:
+            for number in SIGNALS:
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup, or a shell's background job: whoever started us wants it so
+                before[number] = signal.signal(number, lambda got, frame: os.write(writer, bytes([got])) and None)
+        yield reader, writer
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+# -- detached ------------------------------------------------------------------------------------------------
+
+
+def spawn_detached(home: Home, name: str, *, environment: Mapping[str, str] | None = None) -> Plain:
+    """Start a machine in a process of its own, in a new session, and wait until it runs or waits for its teleport.
+
+    Returns {"pid", "state", "address"}; address is where it waits for a teleport, "" otherwise. Raises what kept the
+    machine from starting. KeyboardInterrupt while waiting ends the new process.
+    """
+    home.load(name)
+    if home.process(name) is not None:
+        raise InvalidStateError(f"Machine '{name}' is running already.", f"See `vmf showvminfo {name}`.")
+    from vmf.machine.home import private_directory
+
+    paths = home.paths(name)
+    private_directory(paths.logs)
+    reader, writer = os.pipe()
+    try:
+        with open(
+            os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb"
+        ) as output:
+            child = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "vmf.control.process"),
+                    *(name, str(home.data), str(home.runtime), str(writer)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(writer,),
+                env=None if environment is None else dict(environment),
+                start_new_session=True,
+                cwd="/",
+            )
+    except OSError as error:
+        raise MachineError(
+            f"Machine '{name}' could not be started: {error.strerror or error}.", "Try again."
+        ) from error
+    finally:
+        os.close(writer)
+    # Reaps the child should it end before us, so that a long-lived embedding program keeps no zombie.
+    threading.Thread(target=child.wait, name="vmf-reaper", daemon=True).start()
+    try:
+        with open(reader, "rb") as pipe:
+            line = pipe.readline(rpc.MAX_REQUEST)
+    except KeyboardInterrupt:
+        child.terminate()
+        raise
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        raise MachineError(
+            f"The process of machine '{name}' ended before it was ready.", f"Its messages are in {paths.vmm_log}."
+        ) from None
+    if "error" in answer:
+        raise rpc.error_from(answer["error"])
+    ready: Plain = answer["ready"]
+    return ready
+
+
+class _Reporter(Observer):
+    """Tells the starting process once, and the log everything."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def tell(self, message: Plain) -> None:
+        """Once only: the pipe is closed afterwards."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(descriptor, json.dumps(message).encode() + b"\n")
+            os.close(descriptor)
+
+    def waiting(self, address: str) -> None:
+        log.info("Waiting for a teleport at %s.", address)
+        self.tell({"ready": {"pid": os.getpid(), "state": "teleportingin", "address": address}})
+
+    def arriving(self, event: Mapping[str, Any]) -> None:
+        if event.get("message"):
+            log.warning("Teleport: %s", event["message"])
+
+    def arrived(self, summary: Mapping[str, Any]) -> None:
+        log.info("Arrived: %s", json.dumps(dict(summary)))
+
+    def running(self, info: Mapping[str, Any]) -> None:
+        log.info("Running on %s.", info.get("cpu_backend_used", "?"))
+        self.tell({"ready": {"pid": os.getpid(), "state": str(info.get("state", "running")), "address": ""}})
+
+    def notice(self, text: str) -> None:
+        log.info("%s", text)
+
+
+def _main() -> int:
+    name, data, runtime, descriptor = sys.argv[1:5]
+    os.set_inheritable(int(descriptor), False)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    reporter = _Reporter(int(descriptor))
+    try:
+        run_machine_process(Home(Path(data), Path(runtime)), name, reporter)
+    except BaseException as error:
+        log.log(logging.ERROR, "%s", error, exc_info=not isinstance(error, VmfError))
+        reporter.tell({"error": rpc.error_object(error)})
+        return error.exit_status if isinstance(error, VmfError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,74 @@
+"""What the process of a machine needs of the machine that it runs.
+
+`vmf.control.adapter` fits `vmf.machine.machine.Machine` to it; tests give it a fake. Everything that crosses is plain
+data (what JSON can hold), because all of it may leave through the control socket.
+
+Progress of a teleport is a `vmf.teleport.progress.ProgressEvent` as a mapping, a summary a `TeleportSummary` as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+Plain = dict[str, Any]
+ProgressCallback = Callable[[Mapping[str, Any]], None]
+
+
+class ControlledMachine(Protocol):
+    """One machine. Every method may be called from any thread; those that say so block."""
+
+    @property
+    def name(self) -> str: ...
+
+    def info(self) -> Plain:
+        """A snapshot; never blocks. "state" is the value of a MachineState."""
+
+    def start(self) -> None:
+        """Power on and boot; returns when the guest runs."""
+
+    def listen(self) -> str:
+        """Power on as a teleport target; the real address, `scheme:host:port`."""
+
+    def wait_for_teleport(self, progress: ProgressCallback) -> Plain:
+        """After `listen`: block until a machine has arrived; the summary. Raises TeleportCancelled."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def power_off(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def start_teleport(
+        self,
+        host: str,
+        port: int,
+        transport: str,
+        max_downtime_ms: int,
+        timeout_s: float | None,
+        progress: ProgressCallback,
+    ) -> Plain:
+        """Teleport out; blocks until the machine runs there and gives the summary. Raises TeleportError."""
+
+    def cancel_teleport(self) -> bool:
+        """Ask a teleport under way, in or out, to stop; False when there is none that could be. Does not wait."""
+
+    def teleport_status(self) -> Plain:
+        """{"active": bool, "role": "source"|"target"|"", "progress": the last event, "summary": of the last one}."""
+
+    def console_write(self, data: bytes) -> int:
+        """Type at the serial console; how many bytes were taken. Does not block."""
+
+    def add_console_listener(self, listener: Callable[[bytes], None]) -> None:
+        """Call with all output from now on, on the vCPU thread; must not block."""
+
+    def add_state_listener(self, listener: Callable[[str, str], None]) -> None:
+        """Call with (old, new) after every change; must not block."""
+
+    def wait_finished(self) -> str:
+        """Block until the machine is powered off or teleported away; the state."""
+
+    def close(self) -> None:
+        """End it, whatever it does; idempotent."""
