@@ -38,6 +38,9 @@ class TimerQueue:
         self._clock = clock
         self._heap: list[tuple[int, int, Timer]] = []
         self._serials = itertools.count()
+        self.on_earlier: Callable[[], None] | None = None
+        """Called when a timer was armed that is due before all others: the vCPU may be running towards a deadline
+        that is now too late. Set by the run loop, to the vCPU's kick, while the vCPU runs."""
 
     def timer(self, callback: Callable[[], None]) -> Timer:
         """A new idle timer. The callback runs on the vCPU thread and may re-arm it."""
@@ -45,7 +48,11 @@ class TimerQueue:
 
     def _push(self, timer: Timer, deadline: int) -> int:
         serial = next(self._serials)
-        heapq.heappush(self._heap, (deadline, serial, timer))
+        heap = self._heap
+        heapq.heappush(heap, (deadline, serial, timer))
+        # An idle entry still at the top does not matter: the present slice ends at its deadline, or has ended before.
+        if heap[0][1] == serial and self.on_earlier is not None:
+            self.on_earlier()
         return serial
 
     def next_deadline(self) -> int | None:

@@ -166,11 +166,15 @@ class VcpuThread:
             slice_end = time.monotonic_ns() + THROTTLE_SLICE_NS
             deadline = slice_end if deadline is None else min(deadline, slice_end)
         started = time.perf_counter()
+        self._timers.on_earlier = vcpu.kick
         exit_ = vcpu.run(deadline)
+        self._timers.on_earlier = None
         elapsed = time.perf_counter() - started
         self.run_seconds += elapsed
         if exit_.reason is ExitReason.HALTED:
-            self._sleep_until(deadline)
+            # The guest may have programmed a timer just before: the deadline from before the run is not good enough.
+            next_timer = self._timers.next_deadline()
+            self._sleep_until(None if next_timer is None else self._clock.host_deadline(next_timer))
         elif exit_.reason is not ExitReason.KICKED:
             self._running = False
             self._on_exit(exit_)
