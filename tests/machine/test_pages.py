@@ -23,7 +23,8 @@ def as_set(runs: PageRuns) -> set[int]:
 
 def assert_normal(runs: PageRuns) -> None:
     assert runs.dtype == np.uint64
-    assert runs.ndim == 2 and runs.shape[1] == 2
+    assert runs.ndim == 2
+    assert runs.shape[1] == 2
     assert (runs[:, 1] > runs[:, 0]).all()
     assert (runs[1:, 0] > runs[:-1, 1]).all()
 
