@@ -151,10 +151,11 @@ class VcpuThread:
         posts = self._posts
         while not posts.empty():
             posts.get_nowait()()
+        if self._closing:
+            return
         vcpu = self._vcpu
         if not self._running or vcpu is None:
-            if not self._closing:
-                posts.get()()
+            posts.get()()
             return
         self._timers.run_due()
         if not posts.empty():
