@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from vmf.cpu.backend import CpuBackend, ExitReason, VmExit
 from vmf.cpuid.contract import make_contract
-from vmf.cpuid.negotiate import intersect
+from vmf.cpuid.layout import vendor_of
+from vmf.cpuid.negotiate import meet
 from vmf.errors import (
     ImageError,
     InvalidStateError,
@@ -244,9 +245,9 @@ class Machine:
         return backend
 
     def _contract(self, backend: CpuBackend) -> CpuidTable:
-        contract = make_contract(backend.cpuid_capability())
+        contract = make_contract(backend.cpuid_capability(), tsc_khz=backend.tsc_khz())
         for restricted in self.registry.hooks.cpuid_policy(self.name, contract):
-            contract = intersect(contract, restricted)
+            contract = meet(contract, restricted, vendor_of(contract))
         return contract
 
     def _load(self, memory: GuestMemory) -> VcpuState:

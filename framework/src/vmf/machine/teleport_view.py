@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmf.cpuid.compare import blockers as cpuid_blockers
+from vmf.cpuid.compare import compare
 from vmf.cpuid.table import CpuidTable
 from vmf.device.base import Payload
 from vmf.errors import StateError, TeleportError
 from vmf.machine.dirty import DirtyTracker
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import MachineState
-from vmf.teleport.check import Blocker
+from vmf.teleport.check import Blocker, compare_descriptions, show
 
 if TYPE_CHECKING:
     from vmf.machine.machine import Machine
@@ -47,93 +48,73 @@ class TeleportView:
         return {
             "version": DESCRIPTION_VERSION,
             "memory_mib": machine.config.memory_mib,
-            "cpu": {"backend": hardware.backend.name, "tsc_khz": hardware.tsc_khz, "cpuid": hardware.cpuid.to_wire()},
+            "cpu": {"tsc_khz": hardware.tsc_khz, "cpuid": hardware.cpuid.to_wire()},
             "devices": [[kind, instance] for kind, instance in hardware.device_keys()],
             "boot": machine.boot_digest(),
         }
 
     def check(self, source: Mapping[str, Any]) -> Sequence[Blocker]:
-        machine, hardware = self._machine, self._machine.hardware
-        name = machine.name
         if source.get("version") != DESCRIPTION_VERSION:
-            return [
-                Blocker(
-                    "description", f"version {source.get('version')!r}", f"version {DESCRIPTION_VERSION}",
-                    "Bring both hosts to the same release of vmf.",
-                )
-            ]  # fmt: skip
-        found: list[Blocker] = []
-        memory, own_memory = source.get("memory_mib"), machine.config.memory_mib
-        if memory != own_memory:
-            found.append(
-                Blocker(
-                    "memory", f"{memory} MiB", f"{own_memory} MiB",
-                    f"Set it at the target with `vmf modifyvm {name} --memory {memory}`.",
-                )
-            )  # fmt: skip
-        found += self._check_devices(source.get("devices"))
-        found += self._check_boot(source.get("boot"))
-        found += self._check_cpu(source.get("cpu"), plug=not found)
+            remedy = "Bring both hosts to the same release of vmf."
+            return [Blocker("description", f"version {show(source.get('version'))}", f"{DESCRIPTION_VERSION}", remedy)]
+        hooks = {"devices": self._check_devices, "boot": self._check_boot, "cpu": self._check_cpu}
+        found = compare_descriptions(self.name, source, self.describe(), hooks)
+        if not found:
+            cpu = source["cpu"]
+            self._machine.hardware.plug_vcpu(CpuidTable.from_wire(cpu["cpuid"]), cpu["tsc_khz"])
         return found
 
-    def _check_devices(self, devices: object) -> list[Blocker]:
-        own = [[kind, instance] for kind, instance in self._machine.hardware.device_keys()]
-        if not isinstance(devices, list):
-            devices = []
-        found = [
-            Blocker(
-                f"device {row[0]} #{row[1]}", "present", "missing",
-                "Add the device plugin that provides it to `devices` in the target machine's definition.",
-            )
-            for row in devices
-            if row not in own and isinstance(row, list) and len(row) == 2
-        ]  # fmt: skip
-        found += [
-            Blocker(
-                f"device {kind} #{instance}", "missing", "present",
-                "Remove it from `devices` in the target machine's definition.",
-            )
-            for kind, instance in own
-            if [kind, instance] not in devices
-        ]  # fmt: skip
+    def _check_devices(self, source: Any, target: Any) -> list[Blocker]:
+        def rows(value: Any) -> dict[str, tuple[str, int]]:
+            if not isinstance(value, list):
+                return {}
+            pairs = [row for row in value if isinstance(row, list) and len(row) == 2]
+            return {f"device {show(kind)}" + (f" #{show(n)}" if n else ""): (kind, n) for kind, n in pairs}
+
+        there, here = rows(source), rows(target)
+        found = []
+        for label in sorted(set(there) - set(here)):
+            remedy = "Install the plugin that provides it, and list it in `devices` of the target machine's definition."
+            found.append(Blocker(label, "present", "missing", remedy))
+        for label in sorted(set(here) - set(there)):
+            remedy = "Remove it from `devices` in the target machine's definition."
+            found.append(Blocker(label, "missing", "present", remedy))
         return found
 
-    def _check_boot(self, boot: object) -> list[Blocker]:
-        own = self._machine.boot_digest()
-        if not isinstance(boot, dict):
-            boot = {}
-        options = {"kernel": "--kernel", "initrd": "--initrd", "cmdline": "--cmdline", "image": "--image"}
-        return [
-            Blocker(
-                key, str(boot.get(key)), str(own.get(key)),
-                f"A reset would start another guest here: give the target the same one with "
-                f"`vmf modifyvm {self.name} {options.get(key, key)} ...`.",
-            )
-            for key in sorted(set(own) | {key for key in boot if isinstance(key, str)})
-            if boot.get(key) != own.get(key)
-        ]  # fmt: skip
+    def _check_boot(self, source: Any, target: Any) -> list[Blocker]:
+        """Kernel, initrd and command line: what a reset after the teleport would start."""
+        there = source if isinstance(source, Mapping) else {}
+        found = []
+        for key in ("kernel", "initrd", "cmdline", "image"):
+            if there.get(key) != target.get(key):
+                remedy = (
+                    "A reset would start another guest there: give the target machine the same one with "
+                    f"`vmf modifyvm {self.name} --{key} ...`."
+                )
+                values = [show(side.get(key, "none")) for side in (there, target)]
+                found.append(Blocker(key, values[0], values[1], remedy))
+        return found
 
-    def _check_cpu(self, cpu: object, *, plug: bool) -> list[Blocker]:
-        hardware = self._machine.hardware
-        backend = hardware.backend
+    def _check_cpu(self, source: Any, _target: Any) -> list[Blocker]:
+        backend = self._machine.hardware.backend
         try:
-            if not isinstance(cpu, dict) or type(cpu.get("tsc_khz")) is not int:
+            if not isinstance(source, Mapping) or type(khz := source.get("tsc_khz")) is not int:
                 raise StateError("the source does not describe its CPU.")
-            contract, khz = CpuidTable.from_wire(cpu.get("cpuid")), cpu["tsc_khz"]
+            if not 0 < khz < 1 << 32:
+                raise StateError("the source's TSC rate is out of range.")
+            contract = CpuidTable.from_wire(source.get("cpuid"))
         except StateError as error:
-            return [Blocker("cpu", "unreadable", backend.name, f"{error} Bring both hosts to the same release of vmf.")]
-        found = list(cpuid_blockers(contract, backend.cpuid_capability(), machine=self.name))
-        if not 0 < khz < 1 << 32 or not backend.tsc_khz_supported(khz):
-            found.append(
-                Blocker(
-                    "cpu TSC rate", f"{khz} kHz", f"{backend.tsc_khz()} kHz",
-                    f"The target's {backend.name} backend cannot give a guest that rate: "
-                    "teleport to a host whose CPU runs at the source's rate.",
-                )
-            )  # fmt: skip
-        if plug and not found:
-            hardware.plug_vcpu(contract, khz)
-        return found
+            return [Blocker("CPU", "unreadable", backend.name, f"{error} Bring both hosts to the same release of vmf.")]
+        native = backend.tsc_khz()
+        found = compare(
+            contract,
+            backend.cpuid_capability(),
+            machine=self.name,
+            tsc_khz=khz,
+            capability_tsc_khz=native,
+            tsc_scaling=backend.tsc_khz_supported(khz),
+        )
+        return cpuid_blockers(found)
 
     def local_blockers(self, role: str) -> Sequence[Blocker]:
         found = [
