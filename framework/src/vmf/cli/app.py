@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
 
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"Did you mean {close[0]}?" if close else "See `vmf --help`."
-            raise click.UsageError(f"There is no command '{args[0]}'. {hint}", ctx)
+            raise click.UsageError(f"There is no command '{args[0]}'. {hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

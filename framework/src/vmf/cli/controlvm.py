@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmf.cli.common import home, machine_argument, say
 from vmf.cli.app import json_option
+from vmf.cli.common import home, machine_argument, say
 from vmf.control.client import ControlClient
 
 if TYPE_CHECKING:

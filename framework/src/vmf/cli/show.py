@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmf.cli.common import home, machine_argument, say, table
 from vmf.cli.app import json_option
+from vmf.cli.common import home, machine_argument, say, table
 from vmf.errors import VmfError
 
 if TYPE_CHECKING:

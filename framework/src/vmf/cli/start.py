@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from vmf.cli.common import home, machine_argument, say
 from vmf.cli.app import json_option
+from vmf.cli.common import home, machine_argument, say
 from vmf.control.process import Observer, run_machine_process, spawn_detached
 from vmf.machine.home import Home
 

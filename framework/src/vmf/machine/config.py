@@ -9,6 +9,8 @@ To add a setting: a field made with `_setting`. To add a section: a frozen class
 class in `MachineConfig`; reading, writing, unknown keys and error messages follow from it.
 """
 
+# ruff: noqa: RUF009 - `_setting` and `_section` make attrs fields, not values
+
 from __future__ import annotations
 
 import difflib
@@ -279,7 +281,7 @@ class MachineConfig:
     image: Path | None = _setting(_path, default=None, converter=_absolute)
     devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=_frozen_list)
     device_options: Mapping[str, Mapping[str, Any]] = _setting(_device_options, factory=dict)
-    teleporter: TeleporterConfig = _section(TeleporterConfig)  # noqa: RUF009 - makes an attrs field
+    teleporter: TeleporterConfig = _section(TeleporterConfig)
 
     def __attrs_post_init__(self) -> None:
         problems = _problems_of(self) + _conflicts(attrs.asdict(self, recurse=False))

@@ -89,7 +89,7 @@ def conflict(entries: Sequence[PluginEntry]) -> PluginError:
     first = entries[0]
     distributions = " and ".join(f"{entry.distribution or entry.target} {entry.version}".strip() for entry in entries)
     return PluginError(
-        f"The {first.kind} plugin '{first.name}' is provided more than once, by {distributions}; none of them is used.",
+        f"The {first.kind} plugin '{first.name}' comes more than once, from {distributions}; none of them is used.",
         f"Uninstall all but one (pip uninstall {entries[-1].distribution or 'DISTRIBUTION'}).",
     )
 
