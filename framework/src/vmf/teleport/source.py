@@ -13,16 +13,18 @@ Which of the two a failure is, `Connection.outcome` says; nothing else here reme
 
 from __future__ import annotations
 
+import logging
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from attrs import frozen
 
 from vmf.errors import (
+    LocalProtocolError,
     RemoteProtocolError,
     TeleportBlocked,
     TeleportError,
@@ -42,6 +44,8 @@ from vmf.teleport.protocol import messages as m
 from vmf.teleport.ram import RamSender
 from vmf.teleport.seam import TeleportableMachine, payload_kinds
 from vmf.transport.base import Channel
+
+log = logging.getLogger(__name__)
 
 CLOCK_SAMPLES = 5
 
@@ -316,7 +320,10 @@ class _Source:
         link.send(m.Handover())
         answer, _ = self._expect(m.Running, self._options.handover_timeout_s)
         # It runs there. What follows has time, and cannot fail the teleport any more.
-        machine.mark_teleported()
+        try:
+            machine.mark_teleported()
+        except Exception:
+            log.exception("machine %s runs at the target, but could not be marked so here", machine.name)
         link.try_send(m.Done())
         received, resumed = answer.received_at - offset, answer.resumed_at - offset
         handover = max(0, received - t_ready)
@@ -364,8 +371,8 @@ class _Source:
             tracker.stop()
 
     def _root_cause(self, error: BaseException) -> BaseException:
-        """A broken channel is often only the consequence of what the other side said before."""
-        if not isinstance(error, TransportError):
+        """A broken channel (or a session closed under us) is often the consequence of what the other side said."""
+        if not isinstance(error, TransportError | LocalProtocolError):
             return error
         if (own := self._canceller.error()) is not None:
             return own
@@ -374,17 +381,24 @@ class _Source:
         remote = self._remote_error
         return error if remote is None or isinstance(remote, TransportError) else remote
 
+    def _undo(self) -> None:
+        """The machine goes on here. Each step is tried, whatever became of the others."""
+        steps: list[tuple[str, Callable[[], None]]] = []
+        if self._touched_machine:
+            steps.append(("resume the machine", self._machine.undo_stop))
+        if self._throttle:
+            steps.append(("end the throttling", lambda: self._machine.set_throttle(0.0)))
+        for what, step in (*steps, ("end dirty tracking", self._stop_tracker)):
+            try:
+                step()
+            except Exception:
+                log.exception("after a failed teleport of machine %s: cannot %s", self._machine.name, what)
+
     def _failed(self, error: BaseException) -> BaseException:
         """Undo everything, or, after the handover, say that it cannot be undone. Returns what to raise."""
         phase = self._link.phase
         if self._link.connection.outcome is SourceOutcome.RUNS_HERE:
-            # The guest first; the other side can wait.
-            if self._touched_machine:
-                self._machine.undo_stop()
-            if self._throttle:
-                self._throttle = 0.0
-                self._machine.set_throttle(0.0)
-            self._stop_tracker()
+            self._undo()  # the guest first; the other side can wait
             error = self._root_cause(error)
             said = self._link.phase is Phase.CHECK_DONE or self._link.try_send(farewell(error))
             self._link.finish(self._reader if self._reader.ident else None, said=said)

@@ -46,6 +46,9 @@ _M = TypeVar("_M", bound=m.Message)
 _POLL_S = 0.1
 _REFUSALS = 8
 """Connections that are told "busy" at the same time; more are just closed."""
+_PATIENCE_S = 0.5
+"""For the session to end, before a second connection is told "busy"; longer when it is being cleaned up already."""
+_ENDING_S = 10.0
 
 
 @frozen
@@ -97,8 +100,9 @@ class _Target:
         self._cancel = cancel
         self._options = options
         self._report = Reporter("target", progress)
-        self._lock = threading.Lock()
+        self._place = threading.Condition()
         self._busy = False
+        self._session: _Session | None = None
         self._arrivals: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
         self._refusals = threading.Semaphore(_REFUSALS)
 
@@ -130,7 +134,8 @@ class _Target:
         message = ""
         self._report.restart()
         try:
-            summary = _Session(self._machine, channel, self._report, self._cancel, self._options).run()
+            self._session = _Session(self._machine, channel, self._report, self._cancel, self._options)
+            summary = self._session.run()
             if summary is not None:
                 return summary
         except VmfError as error:
@@ -142,8 +147,9 @@ class _Target:
             log.exception("teleport session with %s failed", channel.remote)
         finally:
             channel.close()
-            with self._lock:
-                self._busy = False
+            with self._place:
+                self._busy, self._session = False, None
+                self._place.notify()
         self._report.restart()
         self._report.phase(WAITING, message=message)
         return None
@@ -162,16 +168,33 @@ class _Target:
                 log.warning("accepting a teleport failed: %s", error)
                 time.sleep(_POLL_S)  # out of descriptors, say: do not spin
                 continue
-            with self._lock:
-                first, self._busy = not self._busy, True
-            if first:
+            if self._take_place(0.0):
                 self._arrivals.put(channel)
             elif self._refusals.acquire(blocking=False):
                 threading.Thread(target=self._refuse, args=(channel,), name="vmf-teleport-busy", daemon=True).start()
             else:
                 channel.close()
 
+    def _take_place(self, patience_s: float) -> bool:
+        with self._place:
+            if not self._place.wait_for(lambda: not self._busy, patience_s):
+                return False
+            self._busy = True
+            return True
+
     def _refuse(self, channel: Channel) -> None:
+        """A thread, for who comes while a session lasts."""
+        try:
+            # A source that tries again right after a failure must not be told "busy" by the leftovers of itself.
+            session = self._session
+            ending = session is None or session.over
+            if self._take_place(_ENDING_S if ending else _PATIENCE_S):
+                self._arrivals.put(channel)
+                self._refusals.release()
+                return
+        except BaseException:
+            channel.close()
+            raise
         try:
             channel.set_timeout(1.0)
             link = Link(channel, Connection(Role.TARGET))
@@ -208,12 +231,18 @@ class _Session:
         self._began = time.monotonic_ns()
         self._over = threading.Event()
         self._handshake_late = False
+        self._said_cancel = False
         self._offered = False
         self._canceller = Canceller(cancel, None, now=self._say_cancelled, late=channel.shutdown)
 
+    @property
+    def over(self) -> bool:
+        """The conversation has ended; at most cleaning up is left."""
+        return self._link.connection.closed
+
     def _say_cancelled(self) -> None:
         """On the watcher's thread: the source hears it at once and breaks the channel, which wakes our own thread."""
-        self._link.try_send(m.Cancel("cancelled at the target"))
+        self._said_cancel = self._link.try_send(m.Cancel("cancelled at the target"))
 
     def run(self) -> TeleportSummary | None:
         try:
@@ -237,7 +266,7 @@ class _Session:
                 error = TeleportError(
                     f"the source did not make its offer within {self._options.handshake_timeout_s:g} s."
                 )
-        said = self._link.try_send(farewell(error)) or phase is Phase.CANCELLED
+        said = self._link.try_send(farewell(error)) or self._said_cancel
         if self._offered:
             self._machine.discard_arrival()
         self._link.finish(said=said)
@@ -276,8 +305,8 @@ class _Session:
         self._link.send(m.Checked(tuple(blockers[: m.MAX_BLOCKERS])))
         message = self._receive()
         if isinstance(message, m.Bye):
+            self._link.finish(said=False)
             self._machine.discard_arrival()
-            self._link.finish(said=True)
             if blockers:
                 raise TeleportError(
                     f"the machine did not fit: {' '.join(str(blocker) for blocker in blockers)}",
@@ -363,13 +392,13 @@ class _Session:
                 report.update(force=True, round=round_)
             elif isinstance(message, m.Paused):
                 paused_at = time.monotonic_ns()
-                report.phase(Phase.PAUSE)
             elif isinstance(message, m.State):
                 self._rounds = round_ - 1
                 return message, paused_at
             else:
                 raise RemoteProtocolError(f"the source sent {message.word()} in the middle of RAM.")
-            report.update(sent_bytes=counters.sent_bytes, pages=counters.pages, zero_pages=counters.zero_pages)
+            if not paused_at:  # from then on nobody's curiosity may delay the guest
+                report.update(sent_bytes=counters.sent_bytes, pages=counters.pages, zero_pages=counters.zero_pages)
 
     def _take_over(self, hello: m.Hello, state: m.State, paused_at: int) -> TeleportSummary:
         machine, report = self._machine, self._report
@@ -384,8 +413,10 @@ class _Session:
         machine.resume(received_at - stopped_at if state.running else 0, state.running)
         resumed_at = time.monotonic_ns()
         try:
-            self._channel.set_timeout(self._options.done_timeout_s)
             self._link.send(m.Running(received_at, resumed_at))
+            for phase in (Phase.PAUSE, Phase.HANDOVER, Phase.RUNNING):  # told late, see above
+                report.phase(phase)
+            self._channel.set_timeout(self._options.done_timeout_s)
             self._expect(m.Done)
         except VmfError as error:
             log.info("the machine runs here; the source's good-bye did not come: %s", error)

@@ -91,13 +91,16 @@ class QueueListener(Listener):
         self.address = Address("test", "listener", 0)
         self._queue: queue.Queue[Channel | None] = queue.Queue()
         self._down = False
+        self.last: SocketChannel | None = None
+        """The target's end of the newest connection."""
 
     def connect(self) -> SocketChannel:
         """The source's end of a new connection. Raises TransportError when nobody listens."""
         if self._down:
             raise TransportError("nobody listens.")
         ours, theirs = socket.socketpair()
-        self._queue.put(SocketChannel(theirs, "target"))
+        self.last = SocketChannel(theirs, "target")
+        self._queue.put(self.last)
         return SocketChannel(ours, "source")
 
     def accept(self, timeout: float | None) -> Channel:
