@@ -10,11 +10,14 @@ from vmf.cpuid.compare import Difference, blockers, compare, diff
 from vmf.cpuid.contract import make_contract, without
 from vmf.cpuid.features import CpuidError, Feature, feature, features, features_of, with_dependencies_removed
 from vmf.cpuid.levels import LEVELS, PROFILES, Level, level_of
+from vmf.cpuid.negotiate import Agreement, Capability, negotiate
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
 
 __all__ = [
     "LEVELS",
     "PROFILES",
+    "Agreement",
+    "Capability",
     "CpuidError",
     "CpuidRegisters",
     "CpuidTable",
@@ -29,6 +32,7 @@ __all__ = [
     "features_of",
     "level_of",
     "make_contract",
+    "negotiate",
     "with_dependencies_removed",
     "without",
 ]

@@ -29,7 +29,7 @@ class CpuidError(ConfigError):
     code = "cpuid"
 
 
-@frozen(order=True)
+@frozen(order=True, cache_hash=True)
 class Feature:
     """One feature bit of CPUID.
 
@@ -85,6 +85,11 @@ FREE_FEATURES: Final[Features] = (
 """Bits that every backend can present with any value, because no engine has to do anything for them: what the VMM
 itself is and promises (a hypervisor; a TSC of constant rate, see `vmf.machine.clock`) and the topology's shape."""
 
+_BITS: Final[Mapping[tuple[int, int, str], tuple[Feature, ...]]] = {
+    register: tuple(Feature(*register, bit) for bit in range(32)) for register in FEATURE_MASKS
+}
+"""All bits of all feature registers, made once: tables are read often."""
+
 _PLACE = re.compile(
     r"(?:cpuid[-_.])?(?:0x)?([0-9a-f]{1,8})h?[.:_]([0-9a-f]{1,8})[-_.:](e[abcd]x)[-_.:\[]([0-9]{1,2})\]?"
 )
@@ -124,9 +129,10 @@ def features_of(table: CpuidTable) -> Features:
     found: list[Feature] = []
     for (leaf, subleaf, register), mask in FEATURE_MASKS.items():
         value = getattr(table.lookup(leaf, subleaf), register) & mask
+        row = _BITS[leaf, subleaf, register]
         while value:
             low = value & -value
-            found.append(Feature(leaf, subleaf, register, low.bit_length() - 1))
+            found.append(row[low.bit_length() - 1])
             value ^= low
     return frozenset(found)
 

@@ -17,6 +17,7 @@ away; the sums and highest leaves are computed, never copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Final
 
 from attrs import evolve, field, frozen
@@ -29,7 +30,6 @@ from vmf.cpuid.features import (
     RUNTIME_FEATURES,
     Feature,
     Features,
-    features_of,
     with_dependencies_removed,
     with_features,
 )
@@ -159,7 +159,7 @@ def compacted_size(components: Mapping[int, XsaveComponent]) -> int:
 def address_widths(table: CpuidTable) -> tuple[int, int]:
     """Physical and linear address width in bits; 36 and 48 (or 32) where the table does not say."""
     eax = table.lookup(ADDRESS_LEAF, 0).eax
-    long_mode = BY_NAME["lm"] in features_of(table)
+    long_mode = table.lookup(0x80000001, 0).edx >> BY_NAME["lm"].bit & 1
     return eax & 0xFF or 36, eax >> 8 & 0xFF or (48 if long_mode else 32)
 
 
@@ -220,6 +220,7 @@ def brand_entries(brand: str) -> dict[tuple[int, int], CpuidRegisters]:
     return {(0x80000002 + row, 0): CpuidRegisters(*words[row * 4 : row * 4 + 4]) for row in range(3)}
 
 
+@lru_cache(maxsize=4096)
 def exact_mask(leaf: int, subleaf: int, register: str) -> int:
     """The bits of a register that must be equal on both sides unless zero in the contract."""
     if BASIC_END <= leaf < EXTENDED_BASE:
