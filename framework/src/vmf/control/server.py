@@ -272,7 +272,7 @@ class _Connection:
             try:
                 method, params = _checked(message)
             except ControlError as error:
-                unknown = message.get("method") not in METHODS
+                unknown = message.get("method") not in list(METHODS)  # a list: it may be of any type
                 code = rpc.METHOD_NOT_FOUND if unknown else rpc.INVALID_PARAMS
                 self.send({"id": identifier, "error": rpc.error_object(error) | {"code": code}})
                 return

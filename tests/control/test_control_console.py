@@ -1,0 +1,223 @@
+"""The console: replay without loss or doubling, several clients, lazy clients, the log."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pty
+import select
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vmf.control import sockets
+from vmf.control.attach import AttachEnd, attach, connect
+from vmf.control.console import CLIENT_BACKLOG, SCROLLBACK, ConsoleServer
+from vmf.errors import InvalidStateError
+from vmf.machine.home import Home
+
+
+def read_until(connection: socket.socket, ending: bytes) -> bytes:
+    connection.settimeout(10)
+    found = b""
+    while not found.endswith(ending):
+        piece = connection.recv(65536)
+        assert piece, found
+        found += piece
+    return found
+
+
+def settled(home: Home, text: bytes) -> None:
+    """Wait until the console thread has seen `text`."""
+    deadline = time.monotonic() + 5
+    while not home.paths("vm").console_log.read_bytes().endswith(text):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_replay_and_live(home: Home, console: ConsoleServer, machine: Any) -> None:
+    machine.print(b"early")
+    settled(home, b"early")
+    with connect(home, "vm") as replayed, connect(home, "vm", scrollback=False) as live:
+        assert read_until(replayed, b"early") == b"early"
+        machine.print(b" late")
+        assert read_until(replayed, b"late") == b" late"
+        live.sendall(b"typed")
+        assert read_until(live, b"typed") in (b" latetyped", b"typed")
+        assert read_until(replayed, b"typed") == b"typed"
+
+
+def test_scrollback_is_the_last_64_kib(home: Home, console: ConsoleServer, machine: Any) -> None:
+    text = b"".join(b"%07d\n" % number for number in range(40_000))
+    for at in range(0, len(text), 1000):
+        machine.print(text[at : at + 1000])
+    settled(home, text[-8:])
+    with connect(home, "vm") as client:
+        assert read_until(client, text[-8:]) == text[-SCROLLBACK:]
+    assert home.paths("vm").console_log.read_bytes() == text
+
+
+def test_attaching_in_the_middle_loses_and_doubles_nothing(home: Home, console: ConsoleServer, machine: Any) -> None:
+    stop = threading.Event()
+
+    def talk() -> None:
+        number = 0
+        while not stop.is_set():
+            machine.print(b"%d\n" % number)
+            number += 1
+            time.sleep(0.0002)
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    try:
+        for _ in range(10):
+            with connect(home, "vm") as client:
+                client.settimeout(10)
+                seen = b""
+                while seen.count(b"\n") < 300:
+                    seen += client.recv(4096)
+            numbers = [int(line) for line in seen.split(b"\n")[1:-1]]
+            assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    finally:
+        stop.set()
+        talker.join()
+
+
+def test_lazy_client_loses_its_oldest_output_and_is_told(home: Home, console: ConsoleServer, machine: Any) -> None:
+    with connect(home, "vm") as lazy:
+        time.sleep(0.1)
+        began = time.monotonic()
+        for number in range(8 * CLIENT_BACKLOG // 65536):
+            machine.print(b"%06d" % number * (65536 // 6))
+            time.sleep(0.002)
+        machine.print(b"the end")
+        assert time.monotonic() - began < 5
+        settled(home, b"the end")
+        seen = read_until(lazy, b"the end")
+        assert b"bytes of output left out]" in seen
+        assert len(seen) < 4 * CLIENT_BACKLOG
+
+
+def test_input_waits_until_the_machine_has_room(home: Home, console: ConsoleServer, machine: Any) -> None:
+    machine.room = 5
+    with connect(home, "vm") as client:
+        client.sendall(b"hello, world")
+        assert read_until(client, b"hello") == b"hello"
+        time.sleep(0.2)
+        machine.room = 100
+        assert read_until(client, b"world") == b", world"
+
+
+def test_full_disk_does_not_stop_the_guest(
+    home: Home, console: ConsoleServer, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+
+    def write(descriptor: int, data: Any) -> int:
+        if descriptor == console._log:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    with connect(home, "vm") as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", write)
+            machine.print(b"unlogged")
+            assert read_until(client, b"unlogged")
+        machine.print(b"on")
+        assert read_until(client, b"on")
+
+
+def test_previous_log_is_kept(home: Home, machine: Any) -> None:
+    for text in (b"first", b"second"):
+        with home.own("vm") as paths:
+            console = ConsoleServer(
+                machine.console_write, paths.console_socket, paths.console_live_socket, paths.console_log
+            )
+            console.start()
+            console.output(text)
+            console.close()
+            console.output(b"ignored")
+    assert paths.console_log.read_bytes() == b"second"
+    assert paths.console_log.with_name("console.log.1").read_bytes() == b"first"
+
+
+def test_not_running(home: Home) -> None:
+    with pytest.raises(InvalidStateError, match="not running"):
+        connect(home, "vm")
+
+
+def test_pipes_detach_after_silence(home: Home, console: ConsoleServer, machine: Any, tmp_path: Path) -> None:
+    machine.print(b"prompt> ")
+    settled(home, b"> ")
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.write_bytes(b"ctrl-] \x1d is data in a pipe")
+    with source.open("rb") as stdin, out.open("wb") as stdout:
+        began = time.monotonic()
+        assert attach(connect(home, "vm"), stdin.fileno(), stdout.fileno(), linger=0.3) is AttachEnd.DETACHED
+        assert time.monotonic() - began < 5
+    assert out.read_bytes() == b"prompt> ctrl-] \x1d is data in a pipe"
+
+
+def test_end_of_the_machine_ends_attaching(home: Home, console: ConsoleServer, machine: Any, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    connection = connect(home, "vm")
+    threading.Timer(0.2, console.close).start()
+    with (tmp_path / "out").open("wb") as stdout:
+        assert attach(connection, reader, stdout.fileno()) is AttachEnd.ENDED
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("how", ["key", "signal"])
+def test_terminal_is_raw_while_attached_and_restored(
+    home: Home, console: ConsoleServer, machine: Any, how: str
+) -> None:
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    program = (
+        "import sys; from pathlib import Path; from vmf.control.attach import attach, connect\n"
+        "from vmf.machine.home import Home\n"
+        "home = Home(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "print(attach(connect(home, 'vm'), 0, 1).value, file=sys.stderr)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(home.data), str(home.runtime)],
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    machine.print(b"ready")
+    seen = b""
+    while b"ready" not in seen:
+        assert select.select([master], [], [], 20)[0]
+        seen += os.read(master, 100)
+    assert not termios.tcgetattr(slave)[3] & termios.ICANON
+    if how == "key":
+        os.write(master, b"\x03abc\x1d")  # Ctrl-C is the guest's
+        _, errors = child.communicate(timeout=20)
+        assert child.returncode == 0
+        assert errors == "detached\n"
+        settled(home, b"\x03abc")
+    else:
+        child.terminate()
+        child.communicate(timeout=20)
+        assert child.returncode == 128 + 15
+    assert termios.tcgetattr(slave) == before
+    os.close(master)
+    os.close(slave)
+
+
+def test_stale_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    sockets.listen(path).close()
+    assert path.exists()
+    second = sockets.listen(path)
+    sockets.connect(path).close()
+    second.close()
