@@ -429,6 +429,7 @@ class Machine:
                 channel.close()
             return self.summary
         except TeleportUncertain:
+            self.set_state(_S.UNCERTAIN)
             raise
         except BaseException:
             if self._state is going_on[before]:

@@ -14,7 +14,7 @@ from vmf.cpuid.compare import blockers as cpuid_blockers
 from vmf.cpuid.compare import compare
 from vmf.cpuid.table import CpuidTable
 from vmf.device.base import Payload
-from vmf.errors import StateError, TeleportError
+from vmf.errors import LocalProtocolError, StateError, TeleportError
 from vmf.machine.dirty import DirtyTracker
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import MachineState
@@ -32,6 +32,7 @@ class TeleportView:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._was_running = False
+        self._handed_over = False
 
     @property
     def name(self) -> str:
@@ -150,11 +151,13 @@ class TeleportView:
         return self._machine.hardware.save()
 
     def undo_stop(self) -> None:
+        if self._handed_over:
+            raise LocalProtocolError("a machine that was handed over must not go on at the source.")
         if self._was_running and self._machine.state is MachineState.TELEPORTING:
             self._machine.hardware.run()
 
     def mark_handed_over(self) -> None:
-        self._machine.set_state(MachineState.UNCERTAIN)
+        self._handed_over = True
 
     def mark_teleported(self) -> None:
         self._machine.set_state(MachineState.TELEPORTED)
