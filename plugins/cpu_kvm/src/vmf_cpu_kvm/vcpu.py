@@ -1,0 +1,603 @@
+"""One KVM VM with one vCPU.
+
+Theory of operation
+    The vCPU thread owns every ioctl on the vCPU. `run` enters KVM_RUN again and again; each return is an exit that
+    is handled right there with the machine's bus, until something ends the slice (`vmf_cpu_kvm.kick` says how kicks
+    and deadlines get in). An IN or an MMIO read is completed by the *next* KVM_RUN: until then RIP stands on the
+    instruction and the value is in the shared area. So the slice never ends between the two, and `save` enters once
+    more with immediate_exit set, which completes and executes nothing.
+
+    Interrupts. The VM has no in-kernel irqchip; the chipset is Python, shared by all backends. Before every entry the
+    controller is asked. When it has a request and KVM said at the last exit that the guest can take one (IF set, no
+    shadow, nothing in delivery), it is acknowledged and handed over with KVM_INTERRUPT, which injects without asking
+    anything. Otherwise an interrupt window is requested: KVM_RUN then returns as soon as the guest can take it.
+
+    HLT. Without irqchip KVM knows no halted state: it exits and RIP is behind the HLT. `halted` is ours.
+
+    TSC. A guest TSC is the host's (scaled) plus an offset. KVM_SET_MSRS guesses whether a written value was meant to
+    synchronise with earlier writes, and may ignore it; so the offset itself is set (KVM_VCPU_TSC_OFFSET, Linux 5.16),
+    or where that is missing, the value is written twice, the first time so far off that no guess is possible.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from vmf.cpu.backend import ExitReason, Vcpu, VcpuEnvironment, VmExit
+from vmf.cpu.state import (
+    REQUIRED_MSRS,
+    DescriptorTable,
+    PendingEvents,
+    Segment,
+    VcpuState,
+)
+from vmf.cpuid.compare import Difference
+from vmf.errors import BackendUnavailable, MachineError, StateError
+
+from vmf_cpu_kvm import abi, convert, cpuid, errors, msrs
+from vmf_cpu_kvm.host import HostKvm, get_cpuid, pack_cpuid
+from vmf_cpu_kvm.kick import Kicker
+
+_KICKED = VmExit(ExitReason.KICKED)
+_HALTED = VmExit(ExitReason.HALTED)
+
+MIN_SLICE_NS = 20_000
+"""A slice lasts at least that long even when its deadline has passed, so that the guest always gets on."""
+_FAR_OFF = 1 << 52
+"""TSC ticks; more than any drift that KVM takes for an attempt to synchronise (one second)."""
+_APIC_BASE = 0xFEE00100
+"""IA32_APIC_BASE of a boot processor whose APIC is off: KVM shows the APIC bit in CPUID when it is on."""
+_TSS_ADDRESS = 0xFFFBD000
+_IDENTITY_MAP_ADDRESS = 0xFFFBC000
+"""Four pages below 4 GiB that KVM on Intel needs for real mode without unrestricted guests; never RAM here."""
+
+_KEPT_EVENTS = (
+    "exception", "exception_error_code", "exception_payload", "interrupt", "nmi_pending", "nmi_masked",
+)  # fmt: skip
+_PIO_FORMAT: Final[Mapping[int, Literal["B", "H", "I"]]] = {1: "B", 2: "H", 4: "I"}
+
+
+class KvmVcpu(Vcpu):
+    """A VM of one vCPU. All methods on one thread (the vCPU thread), `kick` on any."""
+
+    def __init__(
+        self,
+        device: int,
+        host: HostKvm,
+        environment: VcpuEnvironment,
+        *,
+        strict: bool = True,
+        dirty_log: bool = False,
+    ) -> None:
+        """Make the VM.
+
+        Args:
+            strict: a KVM that presents another CPUID than the contract is refused; otherwise `overrides` tells.
+            dirty_log: let KVM log writes (see `vmf_cpu_kvm.dirtylog`).
+
+        Raises BackendUnavailable when KVM refuses, StateError when it cannot honour the contract.
+        """
+        self.overrides: list[Difference] = []
+        self._environment = environment
+        self._host = host
+        self._layout = cpuid.xsave_layout(host.supported_cpuid)
+        self.vm = self._fd = -1
+        self._run_map: mmap.mmap | None = None
+        self._kicker: Kicker | None = None
+        self._kicked = False
+        self._entered = False
+        self._halted = False
+        self._wake_by_nmi = False
+        self._lost: str = ""
+        """Why the registers are not worth saving."""
+        try:
+            self._make(device, dirty_log)
+            self._set_cpuid(strict)
+            self._set_tsc_rate()
+            self._choose_msrs()
+            self.restore(reset_state(environment.tsc_khz))
+        except OSError as error:
+            self.close()
+            raise BackendUnavailable(
+                f"KVM refuses to make this machine's vCPU: {error.strerror}.", "See the kernel's log (dmesg)."
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    # -- making it
+
+    def _make(self, device: int, dirty_log: bool) -> None:
+        host = self._host
+        self.vm = abi.ioctl(device, abi.CREATE_VM, 0)
+        extensions = {
+            capability: abi.check_extension(self.vm, capability)
+            for capability in (
+                abi.CAP_EXCEPTION_PAYLOAD, abi.CAP_TRIPLE_FAULT_EVENT, abi.CAP_PMU_CAPABILITY,
+                abi.CAP_DISABLE_QUIRKS2, abi.CAP_EXIT_ON_EMULATION_FAILURE, abi.CAP_SREGS2, abi.CAP_XSAVE2,
+                abi.CAP_SET_TSS_ADDR, abi.CAP_SET_IDENTITY_MAP_ADDR, abi.CAP_ENFORCE_PV_FEATURE_CPUID,
+            )
+        }  # fmt: skip
+        self._payloads = bool(extensions[abi.CAP_EXCEPTION_PAYLOAD])
+        self._triple_faults = bool(extensions[abi.CAP_TRIPLE_FAULT_EVENT])
+        if self._payloads:
+            self._enable(self.vm, abi.CAP_EXCEPTION_PAYLOAD, 1)
+        if self._triple_faults:
+            self._enable(self.vm, abi.CAP_TRIPLE_FAULT_EVENT, 1)
+        if extensions[abi.CAP_PMU_CAPABILITY] & abi.PMU_CAP_DISABLE:
+            self._enable(self.vm, abi.CAP_PMU_CAPABILITY, abi.PMU_CAP_DISABLE)
+        if extensions[abi.CAP_EXIT_ON_EMULATION_FAILURE]:
+            self._enable(self.vm, abi.CAP_EXIT_ON_EMULATION_FAILURE, 1)
+        quirks = extensions[abi.CAP_DISABLE_QUIRKS2] & (
+            abi.QUIRK_OUT_7E_INC_RIP | abi.QUIRK_FIX_HYPERCALL_INSN | abi.QUIRK_MWAIT_NEVER_UD_FAULTS
+        )
+        if quirks:
+            self._enable(self.vm, abi.CAP_DISABLE_QUIRKS2, quirks)
+        if extensions[abi.CAP_SET_TSS_ADDR]:
+            abi.ioctl(self.vm, abi.SET_TSS_ADDR, _TSS_ADDRESS)
+        if extensions[abi.CAP_SET_IDENTITY_MAP_ADDR]:
+            abi.ioctl(self.vm, abi.SET_IDENTITY_MAP_ADDR, abi.buffer_of("<Q", _IDENTITY_MAP_ADDRESS))
+        memory = self._environment.memory
+        for slot, region in enumerate(memory.regions):
+            flags = abi.MEM_LOG_DIRTY_PAGES if dirty_log else 0
+            arguments = (slot, flags, region.gpa, region.size, memory.address + region.offset)
+            abi.ioctl(self.vm, abi.SET_USER_MEMORY_REGION, abi.buffer_of(abi.MEMORY_REGION, *arguments))
+        self._fd = abi.ioctl(self.vm, abi.CREATE_VCPU, 0)
+        if extensions[abi.CAP_ENFORCE_PV_FEATURE_CPUID]:
+            self._enable(self._fd, abi.CAP_ENFORCE_PV_FEATURE_CPUID, 1)
+        run_map = mmap.mmap(self._fd, host.mmap_size, flags=mmap.MAP_SHARED)
+        self._run_map = run_map
+        self._run = memoryview(run_map)
+        self._kicker = Kicker(lambda mask: self._set(abi.SET_SIGNAL_MASK, mask))
+
+        self._regs = abi.buffer(abi.REGS.size)
+        sregs2 = bool(extensions[abi.CAP_SREGS2])
+        self._sregs = abi.buffer(abi.SREGS2_SIZE if sregs2 else abi.SREGS_SIZE)
+        self._get_sregs, self._set_sregs = (
+            (abi.GET_SREGS2, abi.SET_SREGS2) if sregs2 else (abi.GET_SREGS, abi.SET_SREGS)
+        )
+        self._events = abi.buffer(abi.EVENTS.size)
+        self._debug = abi.buffer(abi.DEBUGREGS.size)
+        self._xcrs = abi.buffer(abi.XCRS_SIZE)
+        xsave_size = extensions[abi.CAP_XSAVE2]
+        self._get_xsave = abi.GET_XSAVE2 if xsave_size else abi.GET_XSAVE
+        self._xsave = abi.buffer(max(xsave_size, abi.XSAVE_SIZE))
+        self._vector = abi.buffer(4)
+        self._tsc_entry = abi.buffer(abi.MSRS_HEADER + abi.MSR_ENTRY.size)
+        self._offset = abi.buffer(8)
+        self._offset_attribute = abi.buffer_of(
+            abi.DEVICE_ATTR, 0, abi.VCPU_TSC_CTRL, abi.VCPU_TSC_OFFSET, ctypes.addressof(self._offset)
+        )
+        self._tsc_by_offset = abi.raw_ioctl(self._fd, abi.HAS_DEVICE_ATTR, self._offset_attribute) == 0
+
+    @staticmethod
+    def _enable(fd: int, capability: int, argument: int) -> None:
+        abi.ioctl(fd, abi.ENABLE_CAPABILITY, abi.buffer_of(abi.ENABLE_CAP, capability, 0, argument, 0, 0, 0))
+
+    def _set(self, request: int, argument: Any) -> None:
+        abi.ioctl(self._fd, request, argument)
+
+    def _set_cpuid(self, strict: bool) -> None:
+        contract = self._environment.cpuid
+        if misplaced := cpuid.misplaced_components(contract, self._layout):
+            raise StateError(
+                f"the machine's CPUID has XSAVE components at other places than this host: {'; '.join(misplaced)}.",
+                "Start the machine at a portability level without them, or go to a host of the same kind.",
+            )
+        try:
+            self._set(abi.SET_CPUID2, pack_cpuid(contract))
+        except OSError as error:
+            raise StateError(
+                f"KVM does not take the machine's CPUID: {error.strerror}.",
+                "Start the machine with a contract made for this host.",
+            ) from error
+        # KVM shows the APIC bit as IA32_APIC_BASE has it, so that comes first.
+        abi.ioctl(self._fd, self._get_sregs, self._sregs)
+        struct.pack_into("<Q", self._sregs, abi.SREGS_CONTROL_AT + 48, _APIC_BASE)
+        self._set(self._set_sregs, self._sregs)
+        presented = get_cpuid(self._fd, abi.GET_CPUID2)
+        self.overrides = changed = cpuid.overridden(contract, presented)
+        if changed and strict:
+            listed = "; ".join(f"{item.field} {item.contract} becomes {item.capability}" for item in changed[:8])
+            raise StateError(
+                f"KVM presents another CPUID than the machine's contract: {listed}.",
+                "Use the Unicorn backend, or a contract without these features.",
+            )
+
+    def _set_tsc_rate(self) -> None:
+        wanted, native = self._environment.tsc_khz, self._host.tsc_khz
+        if wanted != native:
+            try:
+                abi.ioctl(self._fd, abi.SET_TSC_KHZ, wanted)
+            except OSError as error:
+                raise StateError(
+                    f"the machine's TSC counts at {wanted} kHz; this host's KVM gives {native} kHz and cannot scale.",
+                    "Choose a host whose CPU runs at the machine's rate.",
+                ) from error
+        self.tsc_khz = abi.ioctl(self._fd, abi.GET_TSC_KHZ)
+
+    def _choose_msrs(self) -> None:
+        """Find the MSRs that this vCPU has: KVM_GET_MSRS stops at the first that it has not."""
+        wanted = msrs.candidates(self._host.msr_indices)
+        present: list[int] = []
+        while wanted:
+            buffer = _msr_buffer(dict.fromkeys(wanted, 0))
+            got = abi.ioctl(self._fd, abi.GET_MSRS, buffer)
+            present += wanted[:got]
+            wanted = wanted[got + 1 :]
+        if missing := REQUIRED_MSRS - set(present):
+            raise BackendUnavailable(f"this KVM has no {msrs.describe(min(missing))}.", "Use another backend.")
+        self._msr_list = tuple(present)
+        self._msr_buffer = _msr_buffer(dict.fromkeys(present, 0))
+        self._msr_format = struct.Struct("<" + "8xQ" * len(present))
+
+    # -- running
+
+    def run(self, deadline_ns: int | None) -> VmExit:
+        kicker, run = self._kicker, self._run
+        assert kicker is not None
+        if kicker.thread != threading.get_ident():
+            kicker.bind()
+        interrupts, bus, fd = self._environment.interrupts, self._environment.bus, self._fd
+        pending, ioctl, unpack = interrupts.pending, abi.raw_ioctl, abi.RUN_IO.unpack_from
+        self._entered = True
+        try:
+            if self._kicked:
+                run[abi.RUN_IMMEDIATE_EXIT] = 1
+            if self._halted:
+                if self._wake_by_nmi or (pending() and run[abi.RUN_READY_FOR_INTERRUPT] and run[abi.RUN_IF_FLAG]):
+                    self._halted = self._wake_by_nmi = False
+                elif run[abi.RUN_IMMEDIATE_EXIT]:
+                    return self._kick_taken()
+                else:
+                    return _HALTED
+            if deadline_ns is not None:
+                deadline_ns = max(deadline_ns, time.monotonic_ns() + MIN_SLICE_NS)
+            kicker.arm(deadline_ns)
+            while True:
+                if pending():
+                    if run[abi.RUN_READY_FOR_INTERRUPT] and run[abi.RUN_IF_FLAG]:
+                        self._inject(interrupts.acknowledge())
+                        run[abi.RUN_REQUEST_INTERRUPT_WINDOW] = pending()
+                    else:
+                        run[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 1
+                elif run[abi.RUN_REQUEST_INTERRUPT_WINDOW]:
+                    run[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
+
+                if ioctl(fd, abi.RUN, None) < 0:
+                    code = ctypes.get_errno()
+                    if code not in (errno.EINTR, errno.EAGAIN):
+                        return self._error(f"KVM_RUN: {os.strerror(code)} ({errno.errorcode.get(code, code)})")
+                    if run[abi.RUN_IMMEDIATE_EXIT]:
+                        return self._kick_taken()
+                    kicker.drain()
+                    if deadline_ns is not None and time.monotonic_ns() >= deadline_ns:
+                        kicker.fired()
+                        return _KICKED
+                    continue
+
+                reason, _ready, if_flag, _flags, _cr8, _apic, direction, size, port, count, at = unpack(
+                    run, abi.RUN_EXIT_REASON
+                )
+                if reason == abi.EXIT_IO:
+                    if count == 1:
+                        if direction:
+                            bus.port_write(port, size, int.from_bytes(run[at : at + size], "little"))
+                        else:
+                            value = bus.port_read(port, size)
+                            run[at : at + size] = value.to_bytes(size, "little")
+                    else:
+                        self._string_io(direction, size, port, count, at)
+                elif reason == abi.EXIT_MMIO:
+                    self._mmio()
+                elif reason == abi.EXIT_HLT:
+                    if not (pending() and if_flag and run[abi.RUN_READY_FOR_INTERRUPT]):
+                        self._halted = True
+                        return _HALTED
+                elif reason not in (abi.EXIT_IRQ_WINDOW_OPEN, abi.EXIT_SET_TPR, abi.EXIT_INTR):
+                    return self._unusual(reason)
+        finally:
+            self._entered = False
+
+    def _kick_taken(self) -> VmExit:
+        # In this order: a kick that comes in between is seen at the next entry.
+        self._kicked = False
+        self._run[abi.RUN_IMMEDIATE_EXIT] = 0
+        return _KICKED
+
+    def kick(self) -> None:
+        self._kicked = True
+        run_map = self._run_map
+        if run_map is None:
+            return
+        try:
+            self._run[abi.RUN_IMMEDIATE_EXIT] = 1
+        except ValueError:
+            return  # closed in this very moment
+        if self._entered and self._kicker is not None:
+            self._kicker.signal()
+
+    def _inject(self, vector: int) -> None:
+        struct.pack_into("<I", self._vector, 0, vector)
+        abi.ioctl(self._fd, abi.INTERRUPT, self._vector)
+        self._run[abi.RUN_READY_FOR_INTERRUPT] = 0
+
+    def _string_io(self, direction: int, size: int, port: int, count: int, at: int) -> None:
+        """INS and OUTS: KVM hands over up to a page of items at once."""
+        bus = self._environment.bus
+        with self._run[at : at + count * size].cast(_PIO_FORMAT[size]) as items:
+            if direction:
+                write = bus.port_write
+                for value in items.tolist():
+                    write(port, size, value)
+            else:
+                read = bus.port_read
+                for i in range(count):
+                    items[i] = read(port, size)
+
+    def _mmio(self) -> None:
+        gpa, data, size, is_write = abi.RUN_MMIO.unpack_from(self._run, abi.RUN_UNION_AT)
+        if is_write:
+            self._environment.bus.mmio_write(gpa, size, data & (1 << 8 * size) - 1)
+        else:
+            value = self._environment.bus.mmio_read(gpa, size)
+            at = abi.RUN_UNION_AT + 8
+            self._run[at : at + 8] = value.to_bytes(8, "little")
+
+    # -- what goes wrong
+
+    def _unusual(self, reason: int) -> VmExit:
+        if reason == abi.EXIT_SHUTDOWN:
+            self._lost = "the guest has shut down by a triple fault"
+            return VmExit(ExitReason.SHUTDOWN, "the guest caused a triple fault")
+        return self._error(errors.describe_exit(self._run, reason))
+
+    def _error(self, what: str) -> VmExit:
+        try:
+            abi.ioctl(self._fd, abi.GET_REGS, self._regs)
+            abi.ioctl(self._fd, self._get_sregs, self._sregs)
+            _, rip, rflags = convert.unpack_regs(self._regs)
+            fields, _ = convert.unpack_sregs(self._sregs)
+            cpl, cr3 = fields["segments"]["ss"].dpl, fields["cr3"]
+            where = f" at RIP {rip:#x} (CPL {cpl}, RFLAGS {rflags:#x}, CR3 {cr3:#x})"
+        except OSError:
+            where = ""
+        return VmExit(ExitReason.ERROR, f"{what}{where}")
+
+    # -- state
+
+    def _settle(self) -> None:
+        """Complete an IN or MMIO read whose exit was the last one; executes no further instruction."""
+        run = self._run
+        for _ in range(64):
+            run[abi.RUN_IMMEDIATE_EXIT] = 1
+            try:
+                if abi.raw_ioctl(self._fd, abi.RUN, None) < 0:
+                    code = ctypes.get_errno()
+                    if code not in (errno.EINTR, errno.EAGAIN):
+                        raise MachineError(f"KVM_RUN: {os.strerror(code)}.")
+                    return
+            finally:
+                run[abi.RUN_IMMEDIATE_EXIT] = 0  # a kick in between is not lost: `_kicked` is looked at on entry
+            # An access that spans several pieces exits once for each.
+            reason, *_, direction, size, port, count, at = abi.RUN_IO.unpack_from(run, abi.RUN_EXIT_REASON)
+            if reason == abi.EXIT_MMIO:
+                self._mmio()
+            elif reason == abi.EXIT_IO:
+                self._string_io(direction, size, port, count, at)
+            else:
+                raise MachineError(f"KVM does not complete an access: {errors.describe_exit(run, reason)}.")
+        raise MachineError("KVM does not complete an access: it goes on and on.")
+
+    def save(self) -> VcpuState:
+        if self._lost:
+            raise StateError(f"the vCPU has no state to save: {self._lost}.", "Reset the machine.")
+        self._settle()
+        fd = self._fd
+        abi.ioctl(fd, abi.GET_VCPU_EVENTS, self._events)
+        abi.ioctl(fd, abi.GET_REGS, self._regs)
+        abi.ioctl(fd, self._get_sregs, self._sregs)
+        abi.ioctl(fd, self._get_xsave, self._xsave)
+        abi.ioctl(fd, abi.GET_XCRS, self._xcrs)
+        abi.ioctl(fd, abi.GET_DEBUGREGS, self._debug)
+        current = self._read_msrs()
+        tsc = self.read_tsc()
+        registers, rip, rflags = convert.unpack_regs(self._regs)
+        events, rflags = convert.unpack_events(self._events, rflags)
+        fields, _apic_base = convert.unpack_sregs(self._sregs)
+        fields["cr8"] = abi.RUN_CR8.unpack_from(self._run, abi.RUN_CR8_AT)[0] & 0xF
+        xcr0 = abi.XCRS.unpack_from(self._xcrs)[4]
+        db0, db1, db2, db3, dr6, dr7, _ = abi.DEBUGREGS.unpack_from(self._debug)
+        return VcpuState(
+            registers=registers,
+            rip=rip,
+            rflags=rflags,
+            **fields,
+            xcr0=xcr0,
+            dr=(db0, db1, db2, db3, dr6, dr7),
+            msrs={
+                index: value
+                for index, value in current.items()
+                if index in REQUIRED_MSRS or value != msrs.reset_value(index)
+            },
+            xsave=convert.neutral_xsave(self._xsave.raw, xcr0, self._layout),
+            events=events,
+            halted=self._halted,
+            tsc=tsc,
+            tsc_khz=self._environment.tsc_khz,
+        )
+
+    def restore(self, state: VcpuState) -> None:
+        self._check(state)
+        fd = self._fd
+        self._settle_quietly()
+        area = convert.kvm_xsave(
+            state.xsave, cpuid.allowed_components(self._environment.cpuid), self._layout, len(self._xsave)
+        )
+        convert.pack_events(self._events, state, payloads=self._payloads, triple_faults=self._triple_faults)
+        convert.pack_regs(self._regs, state)
+        convert.pack_sregs(self._sregs, state, _APIC_BASE)
+        abi.XCRS.pack_into(self._xcrs, 0, 1, 0, 0, 0, state.xcr0)
+        abi.DEBUGREGS.pack_into(self._debug, 0, *state.dr, 0)
+        self._xsave.raw = area
+        # CPUID stands already. Control registers before what depends on them; events last, as the others clear some.
+        self._put(self._set_sregs, self._sregs, "the segments and control registers", errors.explain_sregs(state))
+        self._put(abi.SET_REGS, self._regs, "the general registers")
+        self._put(abi.SET_XCRS, self._xcrs, f"XCR0 = {state.xcr0:#x}")
+        self._put(abi.SET_XSAVE, self._xsave, "the XSAVE area", "MXCSR or a component has bits KVM does not know")
+        self._write_msrs(state.msrs)
+        self._put(abi.SET_DEBUGREGS, self._debug, f"DR6 {state.dr[4]:#x} and DR7 {state.dr[5]:#x}")
+        self._put(abi.SET_VCPU_EVENTS, self._events, "the pending events")
+        run = self._run
+        abi.RUN_CR8.pack_into(run, abi.RUN_CR8_AT, state.cr8)
+        run[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
+        self._halted = state.halted
+        self._wake_by_nmi = state.halted and state.events.nmi_pending and not state.events.nmi_masked
+        self._lost = ""
+        self.write_tsc(state.tsc)
+        self._settle()  # makes KVM say whether the guest can take an interrupt now
+        self._check_events(fd, state)
+
+    def _settle_quietly(self) -> None:
+        """Before a restore: what is half done is thrown away, but must not complete into the new registers."""
+        try:
+            self._settle()
+        except MachineError:
+            pass  # the vCPU was broken, and is about to get a new state
+
+    def _check(self, state: VcpuState) -> None:
+        rate = self._environment.tsc_khz
+        if state.tsc_khz != rate:
+            raise StateError(f"vCPU state: its TSC counts at {state.tsc_khz} kHz, the machine's at {rate} kHz.")
+        allowed = cpuid.allowed_components(self._environment.cpuid)
+        if state.xcr0 & ~allowed:
+            raise StateError(
+                f"vCPU state: XCR0 {state.xcr0:#x} enables components {state.xcr0 & ~allowed:#x} that the machine's"
+                " CPUID does not have."
+            )
+
+    def _check_events(self, fd: int, state: VcpuState) -> None:
+        """Some engines take an event and forget it."""
+        abi.ioctl(fd, abi.GET_VCPU_EVENTS, self._events)
+        got, _ = convert.unpack_events(self._events, state.rflags)
+        wanted = state.events
+        if got == wanted:
+            return
+        for name in _KEPT_EVENTS:
+            if getattr(got, name) != getattr(wanted, name):
+                raise StateError(
+                    f"vCPU state: this KVM does not keep {name.replace('_', ' ')} = {getattr(wanted, name)}"
+                    f" (it says {getattr(got, name)})."
+                )
+        if bool(got.interrupt_shadow) != bool(wanted.interrupt_shadow):
+            raise StateError("vCPU state: this KVM does not keep an interrupt shadow.")
+
+    def _put(self, request: int, argument: abi.Buffer, what: str, why: str = "") -> None:
+        try:
+            abi.ioctl(self._fd, request, argument)
+        except OSError as error:
+            reason = f" ({why})" if why else ""
+            raise StateError(f"vCPU state: KVM does not take {what}: {error.strerror}{reason}.") from error
+
+    def _read_msrs(self) -> dict[int, int]:
+        got = abi.ioctl(self._fd, abi.GET_MSRS, self._msr_buffer)
+        if got != len(self._msr_list):
+            raise MachineError(f"KVM cannot read {msrs.describe(self._msr_list[got])} any more.")
+        values = self._msr_format.unpack_from(self._msr_buffer, abi.MSRS_HEADER)
+        return dict(zip(self._msr_list, values, strict=True))
+
+    def _write_msrs(self, wanted: Mapping[int, int]) -> None:
+        """Set what differs: some MSRs read as a constant and refuse every write."""
+        current = self._read_msrs()
+        for index, value in wanted.items():
+            if index not in current and value != msrs.reset_value(index):
+                raise StateError(f"vCPU state: this vCPU has no {msrs.describe(index)}, which holds {value:#x}.")
+        changes = {
+            index: target
+            for index, value in current.items()
+            if (target := wanted.get(index, msrs.reset_value(index))) != value
+        }
+        if not changes:
+            return
+        done = abi.ioctl(self._fd, abi.SET_MSRS, _msr_buffer(changes))
+        if done != len(changes):
+            index = list(changes)[done]
+            raise StateError(f"vCPU state: KVM does not take {msrs.describe(index)} = {changes[index]:#x}.")
+
+    # -- TSC
+
+    def read_tsc(self) -> int:
+        struct.pack_into("<I4xI4xQ", self._tsc_entry, 0, 1, 0x10, 0)
+        if abi.ioctl(self._fd, abi.GET_MSRS, self._tsc_entry) != 1:
+            raise MachineError("KVM cannot read the guest's TSC.")
+        value: int = abi.MSR_ENTRY.unpack_from(self._tsc_entry, abi.MSRS_HEADER)[2]
+        return value
+
+    def write_tsc(self, value: int) -> None:
+        if self._tsc_by_offset:
+            abi.ioctl(self._fd, abi.GET_DEVICE_ATTR, self._offset_attribute)
+            (offset,) = struct.unpack_from("<Q", self._offset)
+            struct.pack_into("<Q", self._offset, 0, offset + value - self.read_tsc() & (1 << 64) - 1)
+            self._set(abi.SET_DEVICE_ATTR, self._offset_attribute)
+            return
+        for attempt in ((value + _FAR_OFF) & (1 << 64) - 1, value or 1):
+            struct.pack_into("<I4xI4xQ", self._tsc_entry, 0, 1, 0x10, attempt)
+            if abi.ioctl(self._fd, abi.SET_MSRS, self._tsc_entry) != 1:
+                raise MachineError("KVM cannot set the guest's TSC.")
+
+    # -- the rest
+
+    def invalidate_code(self, gpa: int, size: int) -> None:
+        """Nothing is translated: the CPU snoops."""
+
+    def close(self) -> None:
+        kicker, self._kicker = self._kicker, None
+        if kicker is not None:
+            kicker.close()
+        run_map, self._run_map = self._run_map, None
+        if run_map is not None:
+            self._run.release()
+            run_map.close()
+        for fd in (self._fd, self.vm):
+            if fd >= 0:
+                os.close(fd)
+        self.vm = self._fd = -1
+
+
+def _msr_buffer(values: Mapping[int, int]) -> abi.Buffer:
+    """A struct kvm_msrs."""
+    buffer = abi.buffer(abi.MSRS_HEADER + len(values) * abi.MSR_ENTRY.size)
+    struct.pack_into("<I", buffer, 0, len(values))
+    for i, (index, value) in enumerate(values.items()):
+        abi.MSR_ENTRY.pack_into(buffer, abi.MSRS_HEADER + i * abi.MSR_ENTRY.size, index, 0, value)
+    return buffer
+
+
+def reset_state(tsc_khz: int) -> VcpuState:
+    """The vCPU after power-on (SDM vol. 3A table 10-1): real mode, about to execute at 0xfffffff0."""
+    data = Segment(0, 0, 0xFFFF, 0x93)
+    segments = dict.fromkeys(("es", "ss", "ds", "fs", "gs"), data)
+    segments["cs"] = Segment(0xF000, 0xFFFF0000, 0xFFFF, 0x9B)
+    return VcpuState(
+        registers=dict.fromkeys(
+            ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+             "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"), 0,
+        ),
+        rip=0xFFF0,
+        segments=segments,
+        ldtr=Segment(0, 0, 0xFFFF, 0x82),
+        tr=Segment(0, 0, 0xFFFF, 0x8B),
+        gdtr=DescriptorTable(0, 0xFFFF),
+        idtr=DescriptorTable(0, 0xFFFF),
+        msrs={index: msrs.reset_value(index) for index in sorted(REQUIRED_MSRS)},
+        events=PendingEvents(),
+        tsc_khz=tsc_khz,
+    )  # fmt: skip
