@@ -98,9 +98,11 @@ def test_teleport_is_cancelled_on_its_own_connection(home: Home, server: Control
         assert first["method"] == "teleport.progress"
         assert first["params"]["request"] == "t"
         connection.sendall(rpc.encode({"id": 2, "method": "teleport.cancel"}))
-        answers = {
-            message["id"]: message for message in map(json.loads, file) if "id" in message or connection.close()
-        }
+        answers: dict[Any, Any] = {}
+        while len(answers) < 2:
+            message = json.loads(file.readline())
+            if "id" in message:
+                answers[message["id"]] = message
     assert answers[2]["result"] == {"cancelled": True}
     assert answers["t"]["error"]["data"]["code"] == "teleport-cancelled"
 
@@ -184,9 +186,10 @@ def test_wrong_requests_are_answered_and_the_connection_lives(
 
 
 def test_endless_line_ends_only_its_connection(home: Home, server: ControlServer, client: ControlClient) -> None:
-    with sockets.connect(home.paths("vm").control_socket, 10) as connection, pytest.raises(OSError):
-        for _ in range(10_000):
-            connection.sendall(b"x" * 65536)
+    connection = sockets.connect(home.paths("vm").control_socket, 10)
+    with pytest.raises(OSError):
+        connection.sendall(b"x" * (64 << 20))
+    connection.close()
     assert client.info()["state"] == "running"
 
 
@@ -265,11 +268,10 @@ def test_line_buffer_never_holds_more_than_its_limit(stream: bytes, step: int) -
         assert not too_long
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
-    )
-)
+leaves = st.none() | st.booleans() | st.integers() | st.text()
+
+
+@given(st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_any_error_answer_becomes_a_vmf_error(data: Any) -> None:
     assert isinstance(rpc.error_from(data), VmfError)
     assert isinstance(rpc.error_from({"data": data}), VmfError)
