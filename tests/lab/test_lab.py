@@ -1,0 +1,196 @@
+"""The KVM lab: its parts alone, and what is shown in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from kvmlab import Lab, LabError, cache, job, missing, needs, packages
+from kvmlab.cpio import Archive
+from kvmlab.lab import pytest_command
+
+TREE = packages.TREE
+
+
+# -- parts, without the lab
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("VMF_CACHE", str(tmp_path))
+    return tmp_path / "lab"
+
+
+def test_a_cache_entry_is_whole_or_not_there(own_cache: Path) -> None:
+    def fails(directory: Path) -> None:
+        (directory / "half").write_text("x")
+        raise LabError("no luck")
+
+    with pytest.raises(LabError):
+        cache.cached("thing", "k", fails)
+    assert [path for path in own_cache.iterdir() if path.is_dir()] == []
+
+    def works(directory: Path) -> None:
+        (directory / "whole").write_text("x")
+
+    made = cache.cached("thing", "k", works)
+    assert (made / "whole").exists()
+    assert cache.cached("thing", "k", fails) == made, "it is not made twice"
+    with pytest.raises(LabError):
+        cache.cached("thing", "k", fails, fresh=True)
+    assert (made / "whole").exists(), "a failed renewal leaves the old one"
+
+
+def test_two_users_make_an_entry_once(own_cache: Path) -> None:
+    made = []
+
+    def make(directory: Path) -> None:
+        made.append(directory)
+        time.sleep(0.1)
+
+    threads = [threading.Thread(target=cache.cached, args=("thing", "k", make)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_content_names_an_entry(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("a")
+    other.write_text("b")
+    assert cache.tree_digest([("x", one)]) != cache.tree_digest([("x", other)])
+    assert cache.tree_digest([("x", one)]) != cache.tree_digest([("y", one)])
+    assert cache.tree_digest([("x", one), ("y", other)]) == cache.tree_digest([("y", other), ("x", one)])
+
+
+def test_what_is_missing_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "which", lambda command: None)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    lines = "\n".join(needs.missing(base_is_built=False))
+    for word in ("root", "debootstrap", "qemu-system-x86", "e2fsprogs"):
+        assert word in lines
+    assert "root" not in "\n".join(needs.missing(base_is_built=True)), "a built base needs no root"
+
+
+def test_failed_tools_are_quoted() -> None:
+    with pytest.raises(LabError, match=r"could not try.*status 3:\n.*words"):
+        needs.call(["sh", "-c", "echo words; exit 3"], what="try")
+
+
+def test_cpio_is_what_cpio_reads(tmp_path: Path) -> None:
+    if needs.which("busybox") is None:
+        pytest.skip("busybox is not installed")
+    archive = Archive()
+    archive.directory("d")
+    archive.file("d/odd", b"12345", 0o755)
+    archive.file("d/empty", b"")
+    archive.file("last", bytes(1000))
+    subprocess.run(["busybox", "cpio", "-i", "-d"], input=archive.finish(), cwd=tmp_path, check=True)
+    assert (tmp_path / "d/odd").read_bytes() == b"12345"
+    assert (tmp_path / "d/odd").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "d/empty").read_bytes() == b""
+    assert (tmp_path / "last").read_bytes() == bytes(1000)
+
+
+def test_requirements_are_those_from_outside() -> None:
+    assert packages.requirement_name("backports.zstd>=1.0; python_version < '3.14'") == "backports-zstd"
+    names = {packages.requirement_name(requirement) for requirement in packages.requirements()}
+    assert {"attrs", "numpy", "pytest", "unicorn"} <= names
+    assert not {name for name in names if name.startswith("vmf")}
+    assert not names & {"mypy", "ruff"}
+
+
+def test_a_cut_off_run_has_no_results(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    job.make_results_disk(disk, 1)
+    assert job.read_results(disk, tmp_path / "none") is None
+    (tmp_path / "out/results").mkdir(parents=True)
+    (tmp_path / "out/results/file").write_text("x" * 100)
+    for with_status in (False, True):
+        if with_status:
+            (tmp_path / "out/status").write_text("3\n")
+            (tmp_path / "out/uptime").write_text("4.5\n6.5\n")
+        archive = subprocess.run(["tar", "-c", "-C", tmp_path / "out", "."], capture_output=True, check=True).stdout
+        disk.write_bytes(archive + bytes(4096))
+        outcome = job.read_results(disk, tmp_path / f"target-{with_status}")
+        assert (outcome == job.Outcome(3, 4.5, 6.5)) if with_status else (outcome is None)
+    assert (tmp_path / "target-True/results/file").exists()
+
+
+def test_doctor_agrees() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("lab.py")), "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (1 if missing() else 0)
+    for line in missing():
+        assert line in done.stdout
+
+
+# -- in the lab
+
+
+@pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kvm_in_the_lab_has_hardware_semantics(kvm_lab: Lab, tmp_path: Path) -> None:
+    """Real mode, 64-bit mode, ring 3 with SYSCALL, SSE in ring 0, masked CPUID; and what is printed comes back."""
+    script = (
+        "python3 tests/lab/payload/kvm_smoke.py; status=$?; "
+        "cat /sys/module/kvm_amd/parameters/npt; echo to stderr >&2; echo $WORD > $VMF_LAB_RESULTS/file; "
+        "exit $((status + 7))"
+    )
+    heard: list[str] = []
+    result = kvm_lab.run(
+        ["sh", "-c", script],
+        timeout=120,
+        directory=tmp_path / "back",
+        environment={"WORD": "it's here"},
+        echo=lambda stream, data: heard.append(stream),
+    )
+    print(result.stdout, f"boot {result.boot_seconds:.1f} s, command {result.command_seconds:.1f} s")
+    assert result.status == 7, result.stdout + result.stderr
+    assert not result.timed_out
+    assert "kvm smoke: all right\nY\n" in result.stdout
+    assert result.stderr == "to stderr\n"
+    assert {"stdout", "stderr", "console"} <= set(heard)
+    assert (result.results / "file").read_text() == "it's here\n"
+    assert "Kernel panic" not in (result.directory / "dmesg").read_text()
+
+
+@pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_command_that_hangs_is_ended_and_what_it_wrote_comes_back(kvm_lab: Lab, tmp_path: Path) -> None:
+    script = "echo before; echo kept > $VMF_LAB_RESULTS/file; sleep 600"
+    result = kvm_lab.run(["sh", "-c", script], timeout=2, directory=tmp_path / "back")
+    assert (result.status, result.timed_out, result.stdout) == (124, True, "before\n")
+    assert (result.results / "file").read_text() == "kept\n"
+
+
+@pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lab_that_dies_is_told_from_a_command_that_fails(kvm_lab: Lab, tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="without results"):
+        kvm_lab.run(["sh", "-c", "echo b > /proc/sysrq-trigger; sleep 600"], timeout=60, directory=tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_kvm_backend_passes_its_tests_in_the_lab(kvm_lab: Lab, tmp_path: Path) -> None:
+    if not list(TREE.glob("plugins/cpu_kvm/tests/test_*.py")):
+        pytest.skip("plugins/cpu_kvm has no tests")
+    result = kvm_lab.run(pytest_command(["-q", "plugins/cpu_kvm/tests"]), timeout=700, directory=tmp_path / "back")
+    print(result.stdout)
+    assert result.status == 0, result.stdout + result.stderr
+    suite = ElementTree.parse(result.results / "junit.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert int(suite.get("tests", 0)) > int(suite.get("skipped", 0)), "not all may be skipped"
