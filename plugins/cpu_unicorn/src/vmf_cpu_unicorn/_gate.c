@@ -102,7 +102,7 @@ struct Gate {
     int inflight;             /* acknowledged vector of a restored state, or -1 */
     int exception;            /* exception of a restored state, or -1 */
     uint32_t exception_code, saved_if, saved_inhibit;
-    bool interrupt_follows;   /* INTR was asserted when the exception was injected */
+    uint32_t request_after;   /* what to request once the exception has been injected */
     int engine_error;
     /* Shared with the pacer, under `lock`. */
     pthread_t pacer;
@@ -398,10 +398,7 @@ static uint64_t on_vector_read(void *uc, uint64_t offset, unsigned size, void *u
         g->exception = -1;
         ENV64(g, eflags) = (ENV64(g, eflags) & ~(uint64_t)FLAG_IF) | g->saved_if;
         ENV32(g, hflags) |= g->saved_inhibit;
-        if (!g->interrupt_follows)
-            REQUEST(g) &= ~REQUEST_VIRQ;
-        if (g->nmi_pending)
-            engine_stop(g); /* it was held back: the exception comes first */
+        REQUEST(g) = g->request_after;
         engine_raise(g, vector, g->exception_code);
     }
     if (g->inflight >= 0) {
@@ -533,10 +530,9 @@ static PyObject *gate_run(PyObject *self, PyObject *argument)
             g->halted = false;
         }
         uint32_t request = REQUEST(g) & ~REQUEST_VIRQ;
-        if (g->nmi_pending && g->exception < 0) {
+        if (g->nmi_pending)
             request |= REQUEST_NMI;
-            g->nmi_pending = false;
-        }
+        g->nmi_pending = false;
         if (deliver)
             request |= REQUEST_VIRQ;
         if (g->exception >= 0) { /* see on_vector_read */
@@ -544,8 +540,8 @@ static PyObject *gate_run(PyObject *self, PyObject *argument)
             g->saved_inhibit = ENV32(g, hflags) & HF_INHIBIT_IRQ;
             ENV64(g, eflags) |= FLAG_IF;
             ENV32(g, hflags) &= ~HF_INHIBIT_IRQ;
-            g->interrupt_follows = deliver;
-            request |= REQUEST_VIRQ;
+            g->request_after = request; /* the exception comes first */
+            request = REQUEST_VIRQ;
         }
         REQUEST(g) = request;
         ENV64(g, vm_vmcb) = g->c.vector_page;

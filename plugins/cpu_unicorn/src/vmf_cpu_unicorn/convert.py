@@ -44,6 +44,10 @@ from vmf.cpu.state import (
 from vmf.errors import StateError
 from vmf_cpu_unicorn import layout as at
 
+MSR_IA32_MISC_ENABLE = 0x1A0
+MISC_ENABLE_FAST_STRING = 1 << 0
+"""Without it Linux avoids REP MOVS and STOS."""
+
 _GENERAL = struct.Struct("<16Q")
 _SEGMENT = struct.Struct("<I4xQII")
 _SEGMENT_FLAGS_SHIFT = 8  # the engine keeps the descriptor's second doubleword: access rights from bit 8
@@ -69,11 +73,12 @@ _MSRS_U64 = {
     MSR_FMASK: at.FMASK,
     MSR_KERNEL_GS_BASE: at.KERNEL_GS_BASE,
     MSR_TSC_AUX: at.TSC_AUX,
+    MSR_IA32_MISC_ENABLE: at.MISC_ENABLE,
 }
 _INERT_MSRS = frozenset(
-    {0x1B, 0x3B, 0xFE, 0x1A0, 0x250, 0x258, 0x259, 0x2FF, *range(0x200, 0x210), *range(0x268, 0x270)}
+    {0x1B, 0x3B, 0xFE, 0x250, 0x258, 0x259, 0x2FF, *range(0x200, 0x210), *range(0x268, 0x270)}
 )
-"""APIC_BASE, TSC_ADJUST, MISC_ENABLE and the MTRRs: nothing in an emulator depends on them. They are carried along."""
+"""APIC_BASE, TSC_ADJUST and the MTRRs: nothing in an emulator depends on them. They are carried along."""
 
 CR0_LEGAL = 0xE005003F
 CR4_LEGAL = 0x00310FFF & ~(1 << 11)

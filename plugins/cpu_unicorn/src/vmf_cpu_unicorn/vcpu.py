@@ -70,7 +70,11 @@ def reset_state(tsc_khz: int, signature: int) -> VcpuState:
         tr=Segment(0, 0, 0xFFFF, AR_PRESENT | 11),
         gdtr=DescriptorTable(0, 0xFFFF),
         idtr=DescriptorTable(0, 0xFFFF),
-        msrs={**dict.fromkeys(REQUIRED_MSRS, 0), MSR_IA32_PAT: 0x0007040600070406},
+        msrs={
+            **dict.fromkeys(REQUIRED_MSRS, 0),
+            MSR_IA32_PAT: 0x0007040600070406,
+            convert.MSR_IA32_MISC_ENABLE: convert.MISC_ENABLE_FAST_STRING,
+        },
         tsc_khz=tsc_khz,
     )
 
