@@ -21,6 +21,7 @@ PORTS = [
 accesses = st.lists(
     st.one_of(
         st.tuples(st.just("out"), st.sampled_from(PORTS), st.integers(0, 255)),
+        st.tuples(st.just("cmos"), st.sampled_from([0, 1, 3, 4, 5, 9, 0x0A, 0x0B, 0x0B, 0x0C]), st.integers(0, 255)),
         st.tuples(st.just("in"), st.sampled_from(PORTS), st.just(0)),
         st.tuples(st.just("time"), st.integers(0, 3 * 10**9), st.just(0)),
         st.tuples(st.just("type"), st.integers(0, 40), st.integers(0, 255)),
@@ -36,6 +37,9 @@ def play(pc: Any, steps: list[tuple[str, int, int]]) -> list[Any]:
     for what, where, value in steps:
         if what == "out":
             pc.outb(where, value)
+        elif what == "cmos":
+            seen.append(pc.cmos_read(where))
+            pc.cmos_write(where, value)
         elif what == "in":
             seen.append(pc.inb(where))
         elif what == "time":
