@@ -1,0 +1,219 @@
+"""The process around a machine: readiness, signals, endings, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+from vmf.control.client import ControlClient
+from vmf.control.process import spawn_detached
+from vmf.errors import ImageError, InvalidStateError, NotFoundError, PluginError
+from vmf.machine.home import Home
+
+DRIVER = """
+import json, runpy, sys
+from pathlib import Path
+from vmf.control.process import Observer, run_machine_process
+from vmf.machine.home import Home
+
+FakeMachine = runpy.run_path(sys.argv[3])["FakeMachine"]
+
+class Said(Observer):
+    def say(self, *what): print(json.dumps(what), flush=True)
+    def waiting(self, address): self.say("waiting", address)
+    def arriving(self, event): self.say("arriving", event["phase"])
+    def running(self, info): self.say("running", info["state"])
+    def notice(self, text): self.say("notice", text)
+
+home = Home(Path(sys.argv[1]), Path(sys.argv[2]))
+print(json.dumps(["ended", run_machine_process(
+    home, "vm", Said(), make_machine=lambda config, report: FakeMachine(config.name)
+)]))
+"""
+
+
+class Process:
+    """A fake machine's process."""
+
+    def __init__(self, home: Home, **arguments: object) -> None:
+        conftest = Path(__file__).with_name("conftest.py")
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(home.data), str(home.runtime), str(conftest)],
+            stdout=subprocess.PIPE,
+            text=True,
+            **arguments,  # type: ignore[call-overload]
+        )
+
+    def said(self, *what: str) -> None:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        assert json.loads(line or "null") == list(what)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.child.kill()
+        self.child.wait()
+        assert self.child.stdout is not None
+        self.child.stdout.close()
+
+
+@pytest.fixture
+def waiting_home(home: Home) -> Home:
+    home.update("vm", lambda old: attrs.evolve(old, teleporter=attrs.evolve(old.teleporter, enabled=True)))
+    return home
+
+
+def test_power_off_over_the_control_socket(home: Home) -> None:
+    with Process(home) as process:
+        process.said("running", "running")
+        record = home.process("vm")
+        assert record is not None
+        assert record.pid == process.child.pid
+        with pytest.raises(InvalidStateError, match="running already"):
+            spawn_detached(home, "vm")
+        with ControlClient.of(home, "vm") as client:
+            client.power_off()
+        process.said("ended", "poweredoff")
+        assert process.child.wait(10) == 0
+    assert [each.name for each in home.paths("vm").runtime.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_first_signal_powers_off_in_order(home: Home, number: signal.Signals) -> None:
+    with Process(home) as process:
+        process.said("running", "running")
+        process.child.send_signal(number)
+        process.said("notice", f"{number.name}: powering off (once more to end at once) ...")
+        process.said("ended", "poweredoff")
+        assert process.child.wait(10) == 0
+    assert home.resting_state("vm") == "poweredoff"
+
+
+def test_ignored_signals_stay_ignored(home: Home) -> None:
+    with Process(home, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        process.said("running", "running")
+        process.child.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        with ControlClient.of(home, "vm") as client:
+            assert client.info()["state"] == "running"
+
+
+def test_signal_while_waiting_for_a_teleport(waiting_home: Home) -> None:
+    with Process(waiting_home) as process:
+        process.said("waiting", "tcp:127.0.0.1:4711")
+        process.said("arriving", "waiting")
+        process.child.send_signal(signal.SIGINT)
+        process.said("notice", "SIGINT: powering off (once more to end at once) ...")
+        process.said("ended", "poweredoff")
+        assert process.child.wait(10) == 0
+
+
+def test_cancel_while_waiting_for_a_teleport(waiting_home: Home) -> None:
+    with Process(waiting_home) as process:
+        process.said("waiting", "tcp:127.0.0.1:4711")
+        process.said("arriving", "waiting")
+        with ControlClient.of(waiting_home, "vm") as client:
+            assert client.cancel_teleport()
+        process.said("ended", "poweredoff")
+
+
+def test_teleported_machine_ends_and_says_so(home: Home) -> None:
+    with Process(home) as process:
+        process.said("running", "running")
+        with ControlClient.of(home, "vm") as client:
+            assert client.teleport("there", 1)["rounds"] == 3, "the summary leaves before the process"
+        process.said("ended", "teleported")
+    assert home.resting_state("vm") == "teleported"
+
+
+def test_killed_machine_is_aborted_and_starts_again(home: Home) -> None:
+    with Process(home) as process:
+        process.said("running", "running")
+        process.child.kill()
+        process.child.wait()
+    assert home.resting_state("vm") == "aborted"
+    assert home.paths("vm").control_socket.exists()
+    with pytest.raises(InvalidStateError, match="aborted"):
+        ControlClient.of(home, "vm")
+    with Process(home) as process:
+        process.said("running", "running")
+        with ControlClient.of(home, "vm") as client:
+            assert client.info()["state"] == "running"
+
+
+# -- detached: the real machine --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detached(home: Home, tmp_path: Path) -> Iterator[Home]:
+    """A home whose machine "vm" boots a guest that does nothing but jump to itself."""
+    image = tmp_path / "spin.bin"
+    image.write_bytes(b"\xeb\xfe")
+    home.update("vm", lambda old: attrs.evolve(old, memory_mib=4, image=image, cpu_backend="unicorn"))
+    yield home
+    record = home.process("vm")
+    if record is not None:
+        os.kill(record.pid, signal.SIGKILL)
+
+
+def test_detached_machine_is_ready_when_the_call_returns(detached: Home) -> None:
+    ready = spawn_detached(detached, "vm")
+    assert ready["state"] == "running"
+    record = detached.process("vm")
+    assert record is not None
+    assert record.pid == ready["pid"]
+    assert os.getsid(record.pid) == record.pid
+    with ControlClient.of(detached, "vm") as client:
+        assert client.info()["state"] == "running"
+        client.power_off()
+    deadline = time.monotonic() + 10
+    while detached.process("vm") is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert detached.resting_state("vm") == "poweredoff"
+
+
+def test_detached_target_tells_its_real_port(detached: Home) -> None:
+    settings = {"enabled": True, "port": 0, "address": "127.0.0.1"}
+    detached.update("vm", lambda old: attrs.evolve(old, teleporter=attrs.evolve(old.teleporter, **settings)))
+    ready = spawn_detached(detached, "vm")
+    assert ready["state"] == "teleportingin"
+    scheme, host, port = ready["address"].split(":")
+    assert (scheme, host) == ("tcp", "127.0.0.1")
+    assert int(port) > 0
+    with ControlClient.of(detached, "vm") as client:
+        assert client.cancel_teleport()
+
+
+@pytest.mark.parametrize("what", ["nothing to boot", "missing image", "missing plugin", "unknown machine"])
+def test_detached_failure_is_raised_here(detached: Home, what: str) -> None:
+    expected: type[Exception] = ImageError
+    if what == "nothing to boot":
+        detached.update("vm", lambda old: attrs.evolve(old, image=None))
+    elif what == "missing image":
+        detached.update("vm", lambda old: attrs.evolve(old, image=Path("/nowhere/at/all")))
+    elif what == "missing plugin":
+        detached.update("vm", lambda old: attrs.evolve(old, cpu_backend="abacus"))
+        expected = PluginError
+    else:
+        detached.unregister("vm")
+        expected = NotFoundError
+    with pytest.raises(expected) as caught:
+        spawn_detached(detached, "vm")
+    assert str(caught.value)
+    if what != "unknown machine":
+        deadline = time.monotonic() + 10
+        while detached.process("vm") is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert detached.last_run("vm")["detail"] == str(caught.value)
