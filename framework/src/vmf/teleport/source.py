@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from attrs import frozen
 
+import vmf
 from vmf.errors import (
     LocalProtocolError,
     RemoteProtocolError,
@@ -420,12 +421,7 @@ class _Source:
 
 def software() -> str:
     """This program, for the other side's log."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"vmf {version('vmf')}"
-    except PackageNotFoundError:
-        return "vmf"
+    return f"vmf {vmf.__version__}"
 
 
 def describe_blockers(name: str, target: str, blockers: Sequence[Blocker]) -> tuple[str, str]:
