@@ -146,3 +146,20 @@ def test_a_due_edge_survives_a_save_before_its_timer_ran(pc: Any, make_pc: Any) 
     assert not other.pic.pending()
     other.timers.run_due()
     assert other.interrupts() == [0x30]
+
+
+@pytest.mark.parametrize("mode", [0, 2, 3, 4])
+def test_an_edge_that_passes_while_it_is_programmed_is_not_lost(pc: Any, monkeypatch: Any, mode: int) -> None:
+    """A host that is busy elsewhere: a second goes by at every look at the clock."""
+    pc.init_pics()
+    now = pc.clock.now
+
+    def slow_now() -> int:
+        pc.clock.set(now() + SECOND)
+        return int(now())
+
+    monkeypatch.setattr(pc.clock, "now", slow_now)
+    program(pc, 0, mode, 1000)
+    monkeypatch.undo()
+    pc.timers.run_due()
+    assert pc.interrupts() == [0x30]

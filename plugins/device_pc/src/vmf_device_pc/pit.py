@@ -141,18 +141,18 @@ class _Channel:
             return ticks % self.reload < (self.reload + 1) // 2
         return ticks != self.reload
 
-    def next_rise(self) -> int | None:
-        """Guest time of the next rising edge of OUT after now, or None."""
+    def first_rise(self) -> int | None:
+        """Guest time of the first rising edge of OUT after the count was loaded, or None. It may have passed already:
+        the host can take its time between the loading and the asking, and the edge must not be lost by that."""
         if self.start is None or not self.reload:
             return None
-        ticks = self.ticks
-        if self.mode in (2, 3):
-            edge = (ticks // self.reload + 1) * self.reload
-        else:
-            edge = self.reload + 1 if self.mode >= 4 else self.reload
-            if ticks >= edge:
-                return None
-        return self.start + ns_of(edge)
+        return self.start + ns_of(self.reload + 1 if self.mode >= 4 else self.reload)
+
+    def next_rise(self) -> int | None:
+        """Guest time of the first periodic rising edge of OUT after now, or None."""
+        if self.start is None or not self.reload or self.mode not in (2, 3):
+            return None
+        return self.start + ns_of((self.ticks // self.reload + 1) * self.reload)
 
     # -- programming
 
@@ -332,7 +332,7 @@ class Pit8254(Device):
         channel = self._channels[0]
         # In the modes that begin with OUT high the line is kept low until the first edge: only edges count here.
         self._set_irq(False)
-        deadline = channel.next_rise()
+        deadline = channel.first_rise()
         if deadline is None:
             self._timer.cancel()
         else:
