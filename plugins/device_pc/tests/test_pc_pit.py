@@ -161,5 +161,5 @@ def test_an_edge_that_passes_while_it_is_programmed_is_not_lost(pc: Any, monkeyp
     monkeypatch.setattr(pc.clock, "now", slow_now)
     program(pc, 0, mode, 1000)
     monkeypatch.undo()
-    pc.timers.run_due()
+    pc.advance(ns_of(1001))
     assert pc.interrupts() == [0x30]
