@@ -151,6 +151,31 @@ def test_killed_machine_is_aborted_and_starts_again(home: Home) -> None:
             assert client.info()["state"] == "running"
 
 
+def test_ctrl_c_at_the_command_cancels_the_teleport_not_the_machine(home: Home) -> None:
+    with Process(home) as process:
+        process.said("running", "running")
+        program = "from vmf.cli import main; main()"
+        arguments = ("controlvm", "vm", "teleport", "--host", "slow", "--port", "1")
+        command = subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            env=os.environ | {"VMF_HOME": str(home.data)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert command.stdout is not None
+        while "round 3" not in (line := command.stdout.readline()):
+            assert line
+        command.send_signal(signal.SIGINT)
+        _, errors = command.communicate(timeout=20)
+        assert "cancelling the teleport" in errors
+        assert "vmf: error: the teleport was cancelled." in errors
+        assert "Traceback" not in errors
+        assert command.returncode == 1
+        with ControlClient.of(home, "vm") as client:
+            assert client.info()["state"] == "running"
+
+
 # -- detached: the real machine --------------------------------------------------------------------------------
 
 

@@ -43,7 +43,11 @@ def startvm(name: str, detach: bool, with_console: bool, as_json: bool) -> None:
         else:
             say(f"Machine '{name}' is running (process {ready['pid']}).")
         return
-    state = run_machine_process(home(), name, _Foreground(home(), name, with_console, as_json))
+    observer = _Foreground(home(), name, with_console, as_json)
+    try:
+        state = run_machine_process(home(), name, observer)
+    finally:
+        observer.finish()
     if as_json:
         say(json.dumps({"event": "ended", "state": state}))
     else:
@@ -97,6 +101,7 @@ class _Foreground(Observer):
         self._with_console = with_console
         self._as_json = as_json
         self._view: Any = None
+        self._attached: threading.Thread | None = None
 
     def waiting(self, address: str) -> None:
         if self._as_json:
@@ -130,7 +135,8 @@ class _Foreground(Observer):
             on = f" on {backend}" if backend else ""
             say(f"Machine '{self._name}' is {state}{on}. Console: vmf console {self._name}   Ctrl-C powers it off.")
         if self._with_console:
-            threading.Thread(target=self._console, name="vmf-attach", daemon=True).start()
+            self._attached = threading.Thread(target=self._console, name="vmf-attach", daemon=True)
+            self._attached.start()
 
     def state_changed(self, old: str, new: str) -> None:
         if self._as_json:
@@ -147,6 +153,13 @@ class _Foreground(Observer):
         if self._view is not None:
             self._view.close()
         click.echo(f"vmf: {text}", err=True)
+
+    def finish(self) -> None:
+        """The process is about to end: give the terminal back."""
+        if self._view is not None:
+            self._view.close()
+        if self._attached is not None:
+            self._attached.join(2)
 
     def _console(self) -> None:
         try:
