@@ -5,13 +5,13 @@
         .set    LIST, 0x11000           # pairs (leaf, subleaf); count in EBP
         .set    RING0, 0x12000          # what CPUID answered in ring 0: eax ebx ecx edx each
         .set    RING3, 0x13000          # ... and in ring 3
-        .set    MARKS, 0x14000          # the SSE result, and what SYSCALL left
+        .set    MARKS, 0x14000          # the SSE result, what SYSCALL left, the TSC in both rings
 start:  .org    0
         jmp     sse                     # entry 0x00: SSE in ring 0
         .org    8
-        jmp     dump0                   # entry 0x08: CPUID in ring 0
+        jmp     dump0                   # entry 0x08: TSC and CPUID in ring 0
         .org    16
-        jmp     user                    # entry 0x10: to ring 3 by SYSRET, CPUID there, back by SYSCALL
+        jmp     user                    # entry 0x10: to ring 3 by SYSRET, CPUID and TSC there, back by SYSCALL
         .org    24
         jmp     entry                   # 0x18: LSTAR
 
@@ -22,7 +22,10 @@ sse:    mov     $0x0123456789abcdef, %rax
         movdqu  %xmm0, MARKS
         hlt
 
-dump0:  mov     $RING0, %edi
+dump0:  rdtsc
+        mov     %eax, MARKS+48
+        mov     %edx, MARKS+52
+        mov     $RING0, %edi
         call    dump
         hlt
 
@@ -32,6 +35,9 @@ user:   mov     $0x10000 + 3f - start, %ecx
 3:      mov     $RING3, %edi
         mov     $0x16000, %esp
         call    dump
+        rdtsc
+        mov     %eax, MARKS+56
+        mov     %edx, MARKS+60
         mov     $0x5a5a, %r14d
         syscall
 4:      jmp     4b

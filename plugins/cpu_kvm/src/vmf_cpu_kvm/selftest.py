@@ -2,12 +2,13 @@
 
 Not every /dev/kvm has virtualisation hardware behind it. The pagetable KVM (PVM), for one, runs guests' user mode
 natively in its own address space and emulates their kernel mode: every ioctl works, yet CPUID in user mode is the
-host's whatever was set, SYSCALL does not arrive, and SSE in kernel mode is an internal error. A Linux guest would
-fail there in strange ways. So three things are executed, each in a slice of its own:
+host's whatever was set, so is the TSC, SYSCALL does not arrive, and SSE in kernel mode is an internal error. A Linux
+guest would fail there in strange ways. So these things are executed:
 
 1. SSE in ring 0 gives the right result;
 2. CPUID, in ring 0 and in ring 3, gives exactly a contract from which everything possible was masked;
-3. SYSRET reaches ring 3, SYSCALL comes back from there, with RCX, R11 and CS right.
+3. RDTSC, in ring 0 and in ring 3, counts from the value that was set;
+4. SYSRET reaches ring 3, SYSCALL comes back from there, with RCX, R11 and CS right.
 
 It takes some milliseconds, and the result is kept for as long as the kernel and its modules stay (a file in the
 user's cache directory), as `vmf list plugins` asks in a process of its own.
@@ -43,21 +44,24 @@ from vmf_cpu_kvm import cpuid
 from vmf_cpu_kvm.host import HostKvm, boot_identity
 from vmf_cpu_kvm.vcpu import KvmVcpu, reset_state
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the test: raise it when the test changes, so that kept results are not believed any more."""
 
 CODE: Final = bytes.fromhex(
-    "eb18000000000000eb31000000000000eb34000000000000eb5348b8efcdab89674523016648"
-    "0f6ec0660f6cc0660ffcc0f30f7f042500400100f4bf00200100e84b000000f4b95400010041"
-    "bb02000000480f07bf00300100bc00600100e82d00000041be5a5a00000f05ebfe8cc8488904"
-    "251040010048890c25184001004c891c25204001004c89342528400100f4be001001008b068b"
-    "4e040fa28907895f04894f0889570c83c60883c710ffcd75e4c3"
+    "eb18000000000000eb31000000000000eb44000000000000eb7348b8efcdab89674523016648"
+    "0f6ec0660f6cc0660ffcc0f30f7f042500400100f40f318904253040010089142534400100bf"
+    "00200100e85b000000f4b96400010041bb02000000480f07bf00300100bc00600100e83d0000"
+    "000f31890425384001008914253c40010041be5a5a00000f05ebfe8cc8488904251040010048"
+    "890c25184001004c891c25204001004c89342528400100f4be001001008b068b4e040fa28907"
+    "895f04894f0889570c83c60883c710ffcd75e4c3"
 )
 _CODE_AT, _LIST_AT, _RING0_AT, _RING3_AT, _MARKS_AT = 0x10000, 0x11000, 0x12000, 0x13000, 0x14000
 _STACK_TOP = 0x16000
 _ENTRY_SSE, _ENTRY_RING0, _ENTRY_RING3, _ENTRY_SYSCALL = (_CODE_AT + 8 * i for i in range(4))
 _SSE_RESULT = bytes((2 * byte) & 0xFF for byte in (0x0123456789ABCDEF).to_bytes(8, "little")) * 2
-_AFTER_SYSCALL = _CODE_AT + 0x6B
+_AFTER_SYSCALL = _CODE_AT + 0x8b
+_TSC = 1 << 50
+"""What the guest's TSC is set to; no host has been up for that long."""
 _SLICE_NS = 250_000_000
 """Far more than the test takes anywhere, even where everything is emulated."""
 
@@ -116,6 +120,7 @@ def _entry_state(rip: int, count: int, tsc_khz: int) -> VcpuState:
             MSR_LSTAR: _ENTRY_SYSCALL,
             MSR_FMASK: 0x200,
         },
+        tsc=_TSC,
         tsc_khz=tsc_khz,
     )
 
@@ -172,7 +177,12 @@ def run_selftest(device: int, host: HostKvm) -> list[str]:
                 "a SYSRET and SYSCALL round trip", _ENTRY_RING3,
                 lambda: _override(contract, _dumped(memory, _RING3_AT, leaves), "ring 3") or _syscall_verdict(memory),
             )  # fmt: skip
-            if not any("ring 3" in problem for problem in found):
+            khz = host.tsc_khz
+            tsc0, tsc3 = struct.unpack("<QQ", memory.read(_MARKS_AT + 48, 16))
+            rings = [str(ring) for ring, tsc in ((0, tsc0), (3, tsc3)) if tsc and not 0 <= tsc - _TSC < khz * 10_000]
+            if rings:
+                found.append(f"the TSC in ring {' and '.join(rings)} is not the one that was set")
+            if not any("CPUID in ring 3" in problem for problem in found):
                 # The round trip failed; what ring 3 saw before that still counts.
                 seen = _dumped(memory, _RING3_AT, leaves)
                 if any(any(registers) for registers in seen.entries.values()) and (

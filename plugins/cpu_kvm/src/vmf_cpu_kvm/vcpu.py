@@ -49,8 +49,9 @@ from vmf_cpu_kvm.kick import Kicker
 _KICKED = VmExit(ExitReason.KICKED)
 _HALTED = VmExit(ExitReason.HALTED)
 
-MIN_SLICE_NS = 20_000
-"""A slice lasts at least that long even when its deadline has passed, so that the guest always gets on."""
+MIN_SLICE_NS = 100_000
+"""A slice lasts at least that long even when its deadline has passed, so that the guest always gets
+on (entering a nested guest alone can take 50 µs)."""
 _FAR_OFF = 1 << 52
 """TSC ticks; more than any drift that KVM takes for an attempt to synchronise (one second)."""
 _APIC_BASE = 0xFEE00100
