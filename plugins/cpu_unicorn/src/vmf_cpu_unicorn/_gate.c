@@ -42,6 +42,7 @@
 #define FLAG_RF (1u << 16)
 #define FLAG_VM (1u << 17)
 /* The engine's "hidden flags". */
+#define HF2_NMI_MASKED (1u << 2)
 #define HF_CPL 3u
 #define HF_INHIBIT_IRQ (1u << 3)
 #define HF_LMA (1u << 14)
@@ -71,7 +72,7 @@ typedef struct {
     uint64_t fn_emu_start, fn_emu_stop, fn_do_interrupt, fn_update_hflags, fn_cc_compute_all, fn_ldub_code;
     uint64_t fn_check_iob, fn_check_iow, fn_check_iol, fn_raise_exception_err, fn_cpu_loop_exit;
     uint64_t interrupt_request, icount_decr, halted; /* addresses */
-    uint64_t eip, eflags, cc_src, cc_op, df, hflags, segs, cr, efer, star, lstar, cstar, fmask; /* offsets in env */
+    uint64_t eip, eflags, cc_src, cc_op, df, hflags, hflags2, segs, cr, efer, star, lstar, cstar, fmask; /* offsets in env */
     uint64_t exception_is_int, exception_next_eip, old_exception, vm_vmcb, vector_page;
 } Config;
 
@@ -524,7 +525,8 @@ static PyObject *gate_run(PyObject *self, PyObject *argument)
             return PyLong_FromLong(EXIT_ERROR);
         bool deliver = asserted || g->inflight >= 0;
         if (g->halted) {
-            bool wakes = g->nmi_pending || g->exception >= 0 || (deliver && (ENV64(g, eflags) & FLAG_IF));
+            bool nmi = g->nmi_pending && !(ENV32(g, hflags2) & HF2_NMI_MASKED);
+            bool wakes = nmi || g->exception >= 0 || (deliver && (ENV64(g, eflags) & FLAG_IF));
             if (!wakes)
                 return PyLong_FromLong(EXIT_HALTED);
             g->halted = false;

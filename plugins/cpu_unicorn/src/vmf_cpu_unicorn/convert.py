@@ -8,7 +8,9 @@ Canonical form. `save` after `restore` gives the same state bit for bit, except 
   - marks a segment unusable exactly when its present bit is clear, and drops reserved access-rights bits (8-11);
   - shows MXCSR_MASK, reserved parts of the legacy FP area and a component whose XSTATE_BV bit is clear in the form
     that XSAVE would have stored (initial values, bit set), in an area of 576 bytes;
-  - keeps bits 16-18 of x87 registers' 16-byte slots (reserved) as zero.
+  - marks a task register's TSS busy, as it always is;
+  - keeps the upper 6 bytes of the x87 registers' 16-byte slots (reserved) as zero;
+  - sets bit 1 of RFLAGS, which is always set.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmf.cpu.state import (
     AR_PRESENT,
@@ -115,6 +117,32 @@ def _pack_segment(blob: bytearray, offset: int, segment: Segment) -> None:
     )
 
 
+def canonical(segment: Segment) -> Segment:
+    """A segment as `save` shows it: unusable exactly when not present."""
+    access = segment.access & _ACCESS_MASK
+    if segment.access & AR_UNUSABLE or not access & AR_PRESENT:
+        access = access & ~AR_PRESENT | AR_UNUSABLE
+    return evolve(segment, access=access)
+
+
+_TSS_BUSY = 1 << 1
+"""Of the type of a TSS. The engine keeps the type as it was when LTR read it, not busy, and compares with that."""
+
+
+def _pack_task_register(blob: bytearray, segment: Segment) -> None:
+    """The engine aborts the process when it looks for a stack in a task register that is not present; one with
+    limit 0 makes that a #TS of the guest's instead."""
+    if segment.access & AR_UNUSABLE or not segment.access & AR_PRESENT:
+        _pack_segment(blob, at.TR, Segment(segment.selector, 0, 0, AR_PRESENT | 9))
+    else:
+        _pack_segment(blob, at.TR, evolve(segment, access=segment.access & ~_TSS_BUSY))
+
+
+def task_register_bytes(blob: bytes | bytearray) -> bytes:
+    """To tell whether the guest has loaded another one since."""
+    return bytes(blob[at.TR : at.TR + at.SEGMENT_SIZE])
+
+
 def _u16(blob: bytes, offset: int) -> int:
     return int.from_bytes(blob[offset : offset + 2], "little")
 
@@ -185,6 +213,7 @@ def unpack(blob: bytes) -> EngineState:
     msrs[MSR_IA32_SYSENTER_CS] = _u32(blob, at.SYSENTER_CS)
     cr = struct.unpack_from("<9Q", blob, at.CR)
     dr = struct.unpack_from("<8Q", blob, at.DR)
+    tr = _unpack_segment(blob, at.TR)
     fields: dict[str, object] = {
         "registers": dict(zip(GENERAL_REGISTERS, _GENERAL.unpack_from(blob, at.REGS), strict=True)),
         "rip": _u64(blob, at.EIP),
@@ -193,7 +222,7 @@ def unpack(blob: bytes) -> EngineState:
             name: _unpack_segment(blob, at.SEGS + at.SEGMENT_SIZE * i) for i, name in enumerate(SEGMENT_NAMES)
         },
         "ldtr": _unpack_segment(blob, at.LDT),
-        "tr": _unpack_segment(blob, at.TR),
+        "tr": evolve(tr, access=tr.access | _TSS_BUSY),
         "gdtr": DescriptorTable(_u64(blob, at.GDT + 8), _u32(blob, at.GDT + 16) & 0xFFFF),
         "idtr": DescriptorTable(_u64(blob, at.IDT + 8), _u32(blob, at.IDT + 16) & 0xFFFF),
         "cr0": cr[0],
@@ -260,7 +289,7 @@ def pack(state: VcpuState) -> bytearray:
     for i, name in enumerate(SEGMENT_NAMES):
         _pack_segment(blob, at.SEGS + at.SEGMENT_SIZE * i, state.segments[name])
     _pack_segment(blob, at.LDT, state.ldtr)
-    _pack_segment(blob, at.TR, state.tr)
+    _pack_task_register(blob, state.tr)
     _SEGMENT.pack_into(blob, at.GDT, 0, state.gdtr.base, state.gdtr.limit, 0)
     _SEGMENT.pack_into(blob, at.IDT, 0, state.idtr.base, state.idtr.limit, 0)
     struct.pack_into("<9Q", blob, at.CR, state.cr0, 0, state.cr2, state.cr3, state.cr4, 0, 0, 0, 0)

@@ -63,6 +63,7 @@ class _Field:
         self.cc_op = c_uint32.from_address(env + at.CC_OP)
         self.df = c_int32.from_address(env + at.DF)
         self.hflags = c_uint32.from_address(env + at.HFLAGS)
+        self.hflags2 = c_uint32.from_address(env + at.HFLAGS2)
         self.efer = c_uint64.from_address(env + at.EFER)
         self.star = c_uint64.from_address(env + at.STAR)
         self.lstar = c_uint64.from_address(env + at.LSTAR)
@@ -292,7 +293,8 @@ class PythonGate:
             deliver = asserted or self._inflight >= 0
             raises = self._exception.value >= 0
             if self._halted:
-                if not (self._nmi_pending or raises or (deliver and env.eflags.value & FLAG_IF)):
+                nmi = self._nmi_pending and not env.hflags2.value & at.HF2_NMI_MASKED
+                if not (nmi or raises or (deliver and env.eflags.value & FLAG_IF)):
                     return gates.EXIT_HALTED
                 self._halted = False
             self._prepare(deliver, raises)

@@ -23,16 +23,14 @@ from vmf_cpu_unicorn.engine import REQUIRED_VERSION, Engine, Library
 _REMEDY = f"Reinstall the engine: `pip install --force-reinstall unicorn=={REQUIRED_VERSION}`."
 
 # unicorn/x86.h
-_REG_CR0, _REG_CR2, _REG_CR3, _REG_CR4, _REG_CR8 = 50, 52, 53, 54, 58
-_REG_DR0, _REG_DR6, _REG_DR7 = 67, 73, 74
+_REG_CR2 = 52
+_REG_DR0, _REG_DR6, _REG_DR7 = 66, 72, 73
 _REG_RAX, _REG_RIP = 35, 41
-_REG_MSR = 248
-_REG_MXCSR = 253
-_REG_FPCW, _REG_FPSW = 242, 241
-_REG_FP0 = 75
-_REG_XMM0 = 115
-_REG_GDTR, _REG_IDTR = 244, 243
-_REG_LDTR, _REG_TR = 245, 246
+_REG_FP0, _REG_XMM0 = 82, 122
+_REG_IDTR, _REG_GDTR, _REG_LDTR, _REG_TR = 242, 243, 244, 245
+_REG_FPCW, _REG_FPSW, _REG_MSR, _REG_MXCSR = 246, 31, 248, 249
+
+_EFER = 0xC0000080
 
 _GENERAL = (35, 38, 40, 37, 44, 36, 43, 39, 106, 107, 108, 109, 110, 111, 112, 113)
 """rax rcx rdx rbx rsp rbp rsi rdi r8-r15 in unicorn/x86.h's numbers."""
@@ -138,12 +136,12 @@ def _verify_registers(engine: Engine) -> None:
         if name in ("ldtr", "tr"):
             _expect((selector, flags) == (0x28, 0x8B00), f"{name}'s selector and flags lie elsewhere")
     for index, offset in _MSR_OFFSETS.items():
-        value = 0x501 if index == 0xC0000080 else 0x1A2B_3C4D
+        # The engine keeps 16 bits of SYSENTER_CS and the bits of EFER that it knows: SCE and NXE among them.
+        value, mask = {0x174: (0x3C4D, 0xFFFF), _EFER: (0x801, 0x801)}.get(index, (0x1A2B_3C4D, (1 << 64) - 1))
         probe.write(_REG_MSR, struct.pack("<I4xQ", index, value))
-        _expect(
-            int.from_bytes(at_offset(offset, 4 if index == 0x174 else 8), "little") == value,
-            f"MSR {index:#x} lies elsewhere",
-        )
+        _expect(int.from_bytes(at_offset(offset), "little") & mask == value, f"MSR {index:#x} lies elsewhere")
+    probe.write(_REG_MSR, struct.pack("<I4xQ", _EFER, 0))
+    _expect(not int.from_bytes(at_offset(at.EFER), "little") & 0x801, "EFER lies elsewhere")
 
 
 @lru_cache(maxsize=1)

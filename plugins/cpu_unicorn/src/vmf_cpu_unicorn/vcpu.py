@@ -12,6 +12,7 @@ from vmf.cpu.backend import ExitReason, Vcpu, VcpuEnvironment, VmExit
 from vmf.cpu.state import (
     AR_PRESENT,
     AR_S,
+    AR_UNUSABLE,
     GENERAL_REGISTERS,
     MSR_IA32_PAT,
     REQUIRED_MSRS,
@@ -90,6 +91,7 @@ class UnicornVcpu(Vcpu):
         self._carried_msrs: dict[int, int] = {}
         self._shadow_kind = 1
         self._exception_payload: int | None = None
+        self._unusable_tr: tuple[bytes, Segment] | None = None
         memory, bus = environment.memory, environment.bus
         self._engine = engine = Engine(library, CODE_CACHE_BYTES)
         try:
@@ -156,10 +158,13 @@ class UnicornVcpu(Vcpu):
         return at.read_pointer(self._env + at.EIP)
 
     def save(self) -> VcpuState:
-        found = convert.unpack(ctypes.string_at(self._env, at.ENV_SIZE))
+        blob = ctypes.string_at(self._env, at.ENV_SIZE)
+        found = convert.unpack(blob)
         halted, inflight, exception, code, nmi_pending = self._gate.get_events()
         fields: dict[str, Any] = dict(found.fields)
         fields["msrs"] = {**self._carried_msrs, **fields["msrs"]}
+        if self._unusable_tr is not None and self._unusable_tr[0] == convert.task_register_bytes(blob):
+            fields["tr"] = self._unusable_tr[1]
         raised = exception >= 0
         events = PendingEvents(
             exception=exception if raised else None,
@@ -203,6 +208,8 @@ class UnicornVcpu(Vcpu):
         library.update_mxcsr_status_x86_64(self._env)
         self._engine.flush_tlb()
         self._carried_msrs = carried
+        usable = state.tr.access & AR_PRESENT and not state.tr.access & AR_UNUSABLE
+        self._unusable_tr = None if usable else (convert.task_register_bytes(blob), convert.canonical(state.tr))
         self._shadow_kind = events.interrupt_shadow or 1
         self._exception_payload = events.exception_payload
         if events.exception == _VECTOR_PF and events.exception_payload is not None:
