@@ -212,6 +212,11 @@ def test_environment_chooses_the_home(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert Home.default().data == tmp_path / "data" / "vmf"
     assert Home.default().runtime == tmp_path / "vmf"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    assert Home.default().runtime == tmp_path / "data" / "vmf" / "run"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    runtime = Home.default().runtime
+    assert runtime == tmp_path / "data" / "vmf" / "run" or runtime.is_relative_to("/run/user")
 
 
 def test_write_is_all_or_nothing(tmp_path: Path) -> None:

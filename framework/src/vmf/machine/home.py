@@ -92,7 +92,14 @@ class Home:
             return cls(root, root / "run")
         import platformdirs
 
-        return cls(Path(platformdirs.user_data_dir("vmf")), Path(platformdirs.user_runtime_dir("vmf")))
+        data = Path(platformdirs.user_data_dir("vmf"))
+        base = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+        try:
+            ours = os.stat(base).st_uid == os.getuid() and os.access(base, os.W_OK | os.X_OK)
+        except OSError:
+            ours = False
+        # Never a directory in /tmp: its name could be taken by somebody else first.
+        return cls(data, Path(base) / "vmf" if ours else data / "run")
 
     # -- paths
 
