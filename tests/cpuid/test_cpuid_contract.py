@@ -8,7 +8,17 @@ from vmf.cpuid import Capability, CpuidError, CpuidTable, blockers, compare, dif
 from vmf.cpuid.compare import compare_tsc, fold, level_that_avoids, notes
 from vmf.cpuid.contract import with_tsc
 from vmf.cpuid.features import feature, features, features_of, names
-from vmf.cpuid.layout import address_widths, brand_of, vendor_of, with_vendor, xsave_components
+from vmf.cpuid.layout import (
+    Signature,
+    XsaveComponent,
+    address_widths,
+    brand_of,
+    compacted_size,
+    vendor_of,
+    with_vendor,
+    xsave_components,
+    xsave_size,
+)
 from vmf.cpuid.levels import BASELINE, LEVELS, PROFILES, level_of, lowest_level_without, parse_level, restrict
 from vmf.testing.cpuid_tables import EMULATOR, HASWELL, HOSTS, MILAN, NAPLES, NEHALEM, QEMU64, SKYLAKE_SP
 
@@ -51,7 +61,7 @@ def test_a_level_masks_what_it_should() -> None:
     assert has(three, "sse4_2", "popcnt", "cx16", "lahf_lm", "avx", "xsave") == [True] * 4 + [False] * 2
     assert has(four, "sse2", "nx", "lm", "pni", "cx16") == [True] * 3 + [False] * 2
     assert three.lookup(0xD, 0).eax == 0
-    assert address_widths(three) == (40, 48)
+    assert address_widths(three) == (39, 48)
     assert brand_of(three) == "vmf virtual CPU (x86-64-v2)"
     assert vendor_of(three) == "GenuineIntel"
 
@@ -69,6 +79,29 @@ def test_xsave_sizes_follow_the_components() -> None:
     assert milan.lookup(0xD, 1).ebx == 880
     assert sorted(xsave_components(milan)) == [0, 1, 2, 9, 11, 12]
     assert sorted(xsave_components(make_contract(MILAN, remove=["xsaves"]))) == [0, 1, 2, 9]
+
+
+def test_compacted_components_are_aligned_where_they_say_so() -> None:
+    """SDM vol. 1, 13.4.3: flag bit 1 of a component moves it to the next multiple of 64 bytes."""
+    places = {2: XsaveComponent(2, 256, 576), 9: XsaveComponent(9, 8, 832), 17: XsaveComponent(17, 64, 2752, 2)}
+    assert compacted_size(places) == 832 + 64 + 64
+    assert compacted_size({**places, 17: XsaveComponent(17, 64, 2752)}) == 832 + 8 + 64
+    assert xsave_size(places) == 2752 + 64
+
+
+@pytest.mark.parametrize(("physical", "linear", "fields"), [
+    (40, 48, []), (38, 48, ["physical address width"]),
+    (39, 48, ["physical address width"]), (52, 47, ["linear address width"]),
+])  # fmt: skip
+def test_address_widths_to_the_bit(physical: int, linear: int, fields: list[str]) -> None:
+    contract = make_contract(NEHALEM)
+    widths = evolve(NEHALEM.lookup(0x80000008, 0), eax=physical | linear << 8)
+    found = compare(contract, CpuidTable({**NEHALEM.entries, (0x80000008, 0): widths}), machine="deb")
+    assert [item.field for item in found] == fields
+    # Levels promise 39 and 48 bits.
+    assert [item.level for item in found] == ([1] if physical == 39 else [None] * len(found))
+    for item in found:
+        assert ("--teleport-peer" in item.remedy) == (item.level is None)
 
 
 def test_a_feature_without_its_xsave_component_is_not_promised() -> None:
@@ -309,6 +342,17 @@ def test_negotiation_among_equals_keeps_everything() -> None:
     assert agreement.level == 0
     assert agreement.contract() == make_contract(negotiate([MILAN]).table)
     assert features_of(agreement.contract()) == features_of(make_contract(MILAN))
+
+
+def test_who_presents_any_vendor_presents_its_peers_family() -> None:
+    """Family 6 is a Pentium Pro's descendant at Intel and a K7 at AMD: it must not stray to the other vendor."""
+    for parties in ([EMULATOR, MILAN, NAPLES], [MILAN, NAPLES, EMULATOR]):
+        contract = negotiate(parties).contract()
+        assert vendor_of(contract) == "AuthenticAMD"
+        assert contract.lookup(1, 0).eax == contract.lookup(0x80000001, 0).eax == NAPLES.lookup(1, 0).eax
+    assert Signature.of(make_contract(EMULATOR, vendor="AuthenticAMD")).family == 23
+    assert make_contract(EMULATOR).lookup(1, 0).eax == EMULATOR.lookup(1, 0).eax
+    assert make_contract(EMULATOR).lookup(0x80000001, 0).eax == 0
 
 
 def test_negotiation_that_fails_says_why() -> None:

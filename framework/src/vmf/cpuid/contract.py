@@ -33,6 +33,7 @@ from vmf.cpuid.features import (
 )
 from vmf.cpuid.layout import (
     ADDRESS_LEAF,
+    AMD_VENDORS,
     LEAF_GUARDS,
     address_widths,
     assemble,
@@ -55,6 +56,8 @@ from vmf.cpuid.table import EXTENDED_BASE, ZERO, CpuidRegisters, CpuidTable
 
 DEFAULT_VENDOR: Final = "GenuineIntel"
 """What a machine of a backend that can present any vendor shows."""
+AMD_SIGNATURE: Final = 0x0080_0F12
+"""Family 23, model 1, stepping 2 (Zen): what it shows as an AMD CPU."""
 _HYPERVISOR: Final = BY_NAME["hypervisor"]
 _MULTIPROCESSOR: Final = frozenset({BY_NAME["ht"], BY_NAME["cmp_legacy"]})
 _SETTABLE: Final = frozenset({_HYPERVISOR, BY_NAME["nonstop_tsc"]})
@@ -97,7 +100,7 @@ def make_contract(
             f"Leave the vendor at {own}, or choose a CPU backend that can present any.",
         )
     if not own:
-        capability = with_vendor(capability, vendor or DEFAULT_VENDOR)
+        capability = _as_vendor(capability, vendor or DEFAULT_VENDOR)
 
     wanted, unwanted = features(add), features(remove)
     available = consistent_features(features_of(capability), capability)
@@ -128,6 +131,14 @@ def make_contract(
     table = assemble(_one_vcpu(base), kept, keep_leaf=keep_leaf, unknown_components=not limited)
     table = _with_hypervisor(table, _HYPERVISOR not in unwanted)
     return table if tsc_khz is None else with_tsc(table, tsc_khz)
+
+
+def _as_vendor(table: CpuidTable, vendor: str) -> CpuidTable:
+    """A capability of any vendor, as one of this vendor; its own signature is that of the default vendor's CPU."""
+    entries = dict(with_vendor(table, vendor).entries)
+    if vendor in AMD_VENDORS:
+        entries[1, 0] = evolve(table.lookup(1, 0), eax=AMD_SIGNATURE)
+    return CpuidTable(entries)
 
 
 def _check_wishes(wanted: Features, unwanted: Features, available: Features) -> None:

@@ -324,13 +324,18 @@ def _xsave_entries(
 
 
 def _with_highest_leaves(table: CpuidTable, vendor: str) -> CpuidTable:
-    entries = {key: registers for key, registers in table.entries.items() if registers != ZERO}
     top = table.lookup(0, 0)
+    entries = dict(table.entries)
+    if (0x80000001, 0) in entries:
+        # AMD repeats the signature here, Intel has zeros.
+        signature = table.lookup(1, 0).eax if vendor in AMD_VENDORS else 0
+        entries[0x80000001, 0] = evolve(entries[0x80000001, 0], eax=signature)
+    if (7, 0) in entries:
+        entries[7, 0] = evolve(entries[7, 0], eax=0)
+    entries = {key: registers for key, registers in entries.items() if registers != ZERO}
     structured = max((subleaf for leaf, subleaf in entries if leaf == 7), default=0)
-    seven = evolve(entries.get((7, 0), ZERO), eax=structured)
-    entries.pop((7, 0), None)
-    if seven != ZERO:
-        entries[7, 0] = seven
+    if structured:
+        entries[7, 0] = evolve(entries.get((7, 0), ZERO), eax=structured)
     basic = max((leaf for leaf, _ in entries if leaf < BASIC_END), default=0)
     extended = max((leaf for leaf, _ in entries if leaf >= EXTENDED_BASE), default=EXTENDED_BASE)
     entries[0, 0] = evolve(top, eax=basic)

@@ -11,7 +11,7 @@ the level names it. Three sorts are named:
 
 Everything else is left out, however common: AES, PCID, RDRAND, SMEP, the speculation controls; and SEP, MTRR, MCE,
 APIC, MONITOR and VME, which no 64-bit kernel needs and not every backend has. `--cpuid-set` lets single ones back in.
-Unknown bits never pass levels 1 to 4. Levels 1 to 4 also promise at most 40 physical address bits and 48 linear ones.
+Unknown bits never pass levels 1 to 4. Levels 1 to 4 also promise at most 39 physical address bits and 48 linear ones.
 
 Level N+1 is made from level N's list by leaving out, so that levels are nested by construction.
 
@@ -38,8 +38,8 @@ from vmf.cpuid.features import (
 )
 
 HIGHEST_LEVEL: Final = 4
-PHYSICAL_BITS_LIMIT: Final = 40
-"""Physical address width that levels 1 to 4 promise at most: what QEMU, and with it Unicorn, has by default."""
+PHYSICAL_BITS_LIMIT: Final = 39
+"""Physical address width that levels 1 to 4 promise at most: what Intel's client CPUs and the Unicorn engine have."""
 LINEAR_BITS_LIMIT: Final = 48
 
 LevelLike = int | str

@@ -223,7 +223,7 @@ def _alone(party: CpuidTable | Capability | Agreement, number: int) -> Agreement
     vendor = vendor_of(capability.table)
     # The meet with itself is the canonical form: it drops what no meet keeps, so that asking twice changes nothing.
     table = assemble(capability.table, features_of(capability.table))
-    table = meet(table, table, vendor)
+    table = meet(table, table, vendor, (table,))
     khz = capability.tsc_khz
     return Agreement(
         table=table,
@@ -237,7 +237,9 @@ def _alone(party: CpuidTable | Capability | Agreement, number: int) -> Agreement
 
 def _both(a: Agreement, b: Agreement) -> Agreement:
     vendors = a.vendors | b.vendors
-    table = meet(a.table, b.table, next(iter(vendors)) if len(vendors) == 1 else "")
+    # Family and model mean something beside their vendor only: who can present any vendor can present any of them.
+    named = tuple(side.table for side in (a, b) if side.vendors) or (a.table, b.table)
+    table = meet(a.table, b.table, next(iter(vendors)) if len(vendors) == 1 else "", named)
     united, common = a.united | b.united, features_of(table)
     ranges = [rates for rates in (a.tsc_range, b.tsc_range) if rates is not None]
     scalable = [rate for rate in (a.tsc_scalable, b.tsc_scalable) if rate is not None]
@@ -260,13 +262,16 @@ def _both(a: Agreement, b: Agreement) -> Agreement:
     )
 
 
-def meet(a: CpuidTable, b: CpuidTable, vendor: str) -> CpuidTable:
-    """The greatest table that both can present, as a capability of `vendor` ("" for any)."""
+def meet(a: CpuidTable, b: CpuidTable, vendor: str, named: tuple[CpuidTable, ...]) -> CpuidTable:
+    """The greatest table that both can present, as a capability of `vendor` ("" for any).
+
+    Signature and brand are taken from `named`, which are one or both of them.
+    """
     entries: dict[tuple[int, int], CpuidRegisters] = {}
     for leaf, subleaf in {*a.entries, *b.entries}:
         if leaf != XSAVE_LEAF:
             entries[leaf, subleaf] = _meet_registers(a, b, leaf, subleaf)
-    entries |= _meet_descriptions(a, b)
+    entries |= _meet_descriptions(a, b, named)
     entries |= _meet_xsave(a, b)
     (physical_a, linear_a), (physical_b, linear_b) = address_widths(a), address_widths(b)
     widths = min(physical_a, physical_b) | min(linear_a, linear_b) << 8
@@ -299,7 +304,9 @@ def _descriptive_groups(table: CpuidTable) -> dict[int, tuple[tuple[int, int, in
     return {leaf: tuple(sorted(rows)) for leaf, rows in groups.items()}
 
 
-def _meet_descriptions(a: CpuidTable, b: CpuidTable) -> dict[tuple[int, int], CpuidRegisters]:
+def _meet_descriptions(
+    a: CpuidTable, b: CpuidTable, named: tuple[CpuidTable, ...]
+) -> dict[tuple[int, int], CpuidRegisters]:
     left, right = _descriptive_groups(a), _descriptive_groups(b)
     entries: dict[tuple[int, int], CpuidRegisters] = {}
     for leaf in {*left, *right}:
@@ -307,16 +314,15 @@ def _meet_descriptions(a: CpuidTable, b: CpuidTable) -> dict[tuple[int, int], Cp
         rows = min(groups[leaf] for groups in (left, right) if leaf in groups)
         entries |= {(leaf, subleaf): ZERO for groups in (left, right) for subleaf, *_ in groups.get(leaf, ())}
         entries |= {(leaf, subleaf): CpuidRegisters(*registers) for subleaf, *registers in rows}
-    brands = {brand_of(table) for table in (a, b)} - {""}
-    if brands:
-        entries |= brand_entries(brands.pop() if len(brands) == 1 else _NEUTRAL_BRAND)
-    signatures = [signature for signature in map(Signature.of, (a, b)) if signature.raw]
-    if signatures:
-        raw = min(signatures).raw
-        one = _meet_registers(a, b, 1, 0)
-        entries[1, 0] = evolve(one, eax=raw, ebx=one.ebx & exact_mask(1, 0, "ebx"))
-        package = min(table.lookup(0x80000001, 0).ebx for table in (a, b))
-        entries[0x80000001, 0] = evolve(_meet_registers(a, b, 0x80000001, 0), eax=raw, ebx=package)
+    brands = {brand_of(table) for table in named} - {""}
+    brand = brands.pop() if len(brands) == 1 else _NEUTRAL_BRAND if brands else ""
+    entries |= brand_entries(brand)
+    signatures = [signature for signature in map(Signature.of, named) if signature.raw]
+    raw = min(signatures).raw if signatures else 0
+    one = _meet_registers(a, b, 1, 0)
+    entries[1, 0] = evolve(one, eax=raw, ebx=one.ebx & exact_mask(1, 0, "ebx"))
+    package = min(table.lookup(0x80000001, 0).ebx for table in named)
+    entries[0x80000001, 0] = evolve(_meet_registers(a, b, 0x80000001, 0), ebx=package)
     return entries
 
 
