@@ -1,4 +1,4 @@
-"""The native gate is optional: without a compiler the package installs all the same and uses the machine-code gate."""
+"""The native gate is optional: without a compiler the package installs all the same and uses the other gate."""
 
 import sys
 

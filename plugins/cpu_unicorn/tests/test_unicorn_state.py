@@ -13,7 +13,6 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from vmf.cpu.backend import ExitReason
 from vmf.cpu.state import (
     AR_PRESENT,
@@ -199,7 +198,7 @@ def test_segment_caches_rule_in_16_and_32_bit_modes(bench: Bench, bits: int) -> 
 
 # A guest that checks itself: integer, memory read-modify-write, stack, string move, x87 and SSE in step.
 # start: rax = rax*0x5851F42D + 0x14057B7E; inc [rdi]; inc r8; [rdi] == r8; push rax, pop rcx, rcx == rax;
-# [rdi+8] = rax, += r8, -= r8, == rax; double(r8) == xmm1 += 1.0; st0 += 1, fistp == r8; rep movsq of 64 words checked;
+# [rdi+8] = rax, += r8, -= r8, == rax; double(r8) == xmm1 += 1.0; st0 += 1, fistp == r8; rep movsq of 64 words;
 # lock xadd [rdi+24], rax == r10 += rax; jmp start. Any difference: ud2, whose handler goes to R15, a HLT.
 SELF_CHECK = bytes.fromhex(
     "4869c02df4515848057e7b051448ff0749ffc04c3907757650594839c1756f488947084c0147084c29470848394708755df2490f2ac0f20f58ca"

@@ -7,6 +7,7 @@ import threading
 from vmf.cpu.backend import Availability, CpuBackend, VcpuEnvironment
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, StateError, VmfError
+
 from vmf_cpu_unicorn import cpuid, engine, gates, tsc
 from vmf_cpu_unicorn.vcpu import ADDRESS_BITS, UnicornVcpu
 
@@ -37,7 +38,7 @@ class UnicornBackend(CpuBackend):
             verify(library)
         except VmfError as error:
             return Availability(False, error.message, error.remedy)
-        except Exception as error:  # never raises: whatever is wrong with the engine is a reason, not a crash
+        except Exception as error:  # noqa: BLE001 - never raises: whatever is wrong is a reason, not a crash
             return Availability(False, f"The Unicorn engine cannot be used: {type(error).__name__}: {error}.")
         return Availability(True, version=f"{library.version} ({gate} gate)")
 
@@ -53,8 +54,8 @@ class UnicornBackend(CpuBackend):
             raise BackendUnavailable(available.reason, available.remedy)
         if not self.tsc_khz_supported(environment.tsc_khz):
             raise StateError(
-                f"The machine's TSC runs at {environment.tsc_khz} kHz; the Unicorn backend gives {self.tsc_khz()} kHz "
-                "on this host and cannot scale it.",
+                f"The machine's TSC runs at {environment.tsc_khz} kHz; the Unicorn backend gives "
+                f"{self.tsc_khz()} kHz on this host and cannot scale it.",
                 "Run the machine on a host with that TSC rate.",
             )
         return UnicornVcpu(engine.load(), environment, self.tsc_khz())

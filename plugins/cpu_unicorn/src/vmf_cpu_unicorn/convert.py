@@ -19,7 +19,6 @@ import struct
 from collections.abc import Mapping
 
 from attrs import evolve, frozen
-
 from vmf.cpu.state import (
     AR_PRESENT,
     AR_UNUSABLE,
@@ -44,6 +43,7 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import StateError
+
 from vmf_cpu_unicorn import layout as at
 
 MSR_IA32_MISC_ENABLE = 0x1A0
@@ -77,9 +77,7 @@ _MSRS_U64 = {
     MSR_TSC_AUX: at.TSC_AUX,
     MSR_IA32_MISC_ENABLE: at.MISC_ENABLE,
 }
-_INERT_MSRS = frozenset(
-    {0x1B, 0x3B, 0xFE, 0x250, 0x258, 0x259, 0x2FF, *range(0x200, 0x210), *range(0x268, 0x270)}
-)
+_INERT_MSRS = frozenset({0x1B, 0x3B, 0xFE, 0x250, 0x258, 0x259, 0x2FF, *range(0x200, 0x210), *range(0x268, 0x270)})
 """APIC_BASE, TSC_ADJUST and the MTRRs: nothing in an emulator depends on them. They are carried along."""
 
 CR0_LEGAL = 0xE005003F
@@ -112,9 +110,7 @@ def _pack_segment(blob: bytearray, offset: int, segment: Segment) -> None:
     access = segment.access & _ACCESS_MASK
     if segment.access & AR_UNUSABLE:
         access &= ~AR_PRESENT
-    _SEGMENT.pack_into(
-        blob, offset, segment.selector, segment.base, segment.limit, access << _SEGMENT_FLAGS_SHIFT
-    )
+    _SEGMENT.pack_into(blob, offset, segment.selector, segment.base, segment.limit, access << _SEGMENT_FLAGS_SHIFT)
 
 
 def canonical(segment: Segment) -> Segment:

@@ -205,5 +205,7 @@ def load() -> Library:
             try:
                 return Library(path)
             except OSError as error:
-                raise BackendUnavailable(f"The Unicorn engine {path} cannot be loaded: {error}.", _REINSTALL) from error
+                raise BackendUnavailable(
+                    f"The Unicorn engine {path} cannot be loaded: {error}.", _REINSTALL
+                ) from error
     raise BackendUnavailable(f"The Python package `unicorn` has no {_LIBRARY} inside.", _REINSTALL)

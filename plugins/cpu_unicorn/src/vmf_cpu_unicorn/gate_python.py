@@ -7,6 +7,8 @@ A callback must let no exception out: ctypes would print and forget it. The firs
 and `run` reports it.
 """
 
+# ruff: noqa: BLE001 - see above: callbacks catch everything and hand it on
+
 from __future__ import annotations
 
 import ctypes
@@ -17,6 +19,7 @@ from ctypes import c_int, c_int32, c_uint, c_uint16, c_uint32, c_uint64, c_void_
 from typing import Any
 
 from vmf.cpuid.table import CpuidTable
+
 from vmf_cpu_unicorn import gates, thunks
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.convert import FLAG_DF, FLAG_FIXED, FLAG_IF, FLAGS_ARITHMETIC
@@ -77,9 +80,7 @@ class _Field:
 class PythonGate:
     """See gates.Gate."""
 
-    def __init__(
-        self, engine: Engine, cpu: int, cpuid: CpuidTable, handlers: Handlers, vector_page: int
-    ) -> None:
+    def __init__(self, engine: Engine, cpu: int, cpuid: CpuidTable, handlers: Handlers, vector_page: int) -> None:
         self._engine = engine
         self._handle = engine.handle
         self._api: Any = engine.library.api

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from attrs import frozen
-
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable
+
 from vmf_cpu_unicorn.engine import Engine
 
 GATE_VARIABLE = "VMF_UNICORN_GATE"
@@ -67,7 +67,7 @@ class Gate(Protocol):
 
 
 def chosen_gate() -> str:
-    """"native" or "python". Raises BackendUnavailable when the environment asks for what is not there."""
+    """Either "native" or "python". Raises BackendUnavailable when the environment asks for what is not there."""
     wish = os.environ.get(GATE_VARIABLE, "")
     if wish not in ("", "native", "python"):
         raise BackendUnavailable(

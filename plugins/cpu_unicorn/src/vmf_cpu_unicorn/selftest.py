@@ -17,6 +17,7 @@ import time
 from functools import lru_cache
 
 from vmf.errors import BackendUnavailable
+
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import REQUIRED_VERSION, Engine, Library
 
@@ -55,9 +56,7 @@ def _expect(condition: bool, what: str) -> None:
 def _verify_code(library: Library) -> None:
     """Displacements inside exported functions: CMP byte [reg+disp32],0 and MOV r32,[rdi+disp32]."""
     code = ctypes.string_at(library.address["check_exit_request"], 16)
-    _expect(
-        b"\xbe" + struct.pack("<I", at.UC_NO_EXIT_REQUEST) + b"\x00" in code, "no_exit_request lies elsewhere"
-    )
+    _expect(b"\xbe" + struct.pack("<I", at.UC_NO_EXIT_REQUEST) + b"\x00" in code, "no_exit_request lies elsewhere")
     code = ctypes.string_at(library.address["x86_update_hflags"], 96)
     for name, offset in (
         ("SS flags", at.SEGS + 2 * at.SEGMENT_SIZE + 20), ("eflags", at.EFLAGS), ("cr0", at.CR), ("hflags", at.HFLAGS)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 
 from attrs import evolve, frozen
-
 from vmf.cpu.backend import ExitReason, VcpuEnvironment, VmExit
 from vmf.cpu.state import (
     AR_DB,
@@ -30,6 +29,7 @@ from vmf.cpu.state import (
 )
 from vmf.machine.bus import Bus
 from vmf.machine.memory import GuestMemory
+
 from vmf_cpu_unicorn import cpuid, tsc
 from vmf_cpu_unicorn.engine import Library
 from vmf_cpu_unicorn.vcpu import ADDRESS_BITS, UnicornVcpu
@@ -168,7 +168,10 @@ class Bench:
             registers={**dict.fromkeys(GENERAL_REGISTERS, 0), "rsp": STACK, **registers},
             rip=rip,
             rflags=rflags,
-            segments={**dict.fromkeys(("es", "ss", "ds", "fs", "gs"), data), "cs": _USER_CODE if user else _KERNEL_CODE},
+            segments={
+                **dict.fromkeys(("es", "ss", "ds", "fs", "gs"), data),
+                "cs": _USER_CODE if user else _KERNEL_CODE,
+            },
             tr=Segment(_TSS_SELECTOR, _TSS, 0x67, AR_PRESENT | 11),
             gdtr=DescriptorTable(_GDT, 63),
             idtr=DescriptorTable(IDT, 0xFFF),

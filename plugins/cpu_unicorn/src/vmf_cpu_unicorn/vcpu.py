@@ -6,8 +6,6 @@ import ctypes
 import threading
 from typing import Any
 
-
-
 from vmf.cpu.backend import ExitReason, Vcpu, VcpuEnvironment, VmExit
 from vmf.cpu.state import (
     AR_PRESENT,
@@ -22,6 +20,7 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import StateError
+
 from vmf_cpu_unicorn import convert, gates
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import (
@@ -190,7 +189,9 @@ class UnicornVcpu(Vcpu):
             if events.exception >= 32 or events.exception == 2:
                 raise StateError(f"vCPU state: {events.exception} is not the vector of an exception.")
             if (events.exception in _VECTOR_HAS_CODE) != (events.exception_error_code is not None):
-                raise StateError(f"vCPU state: the error code of exception {events.exception} is missing or too much.")
+                raise StateError(
+                    f"vCPU state: the error code of exception {events.exception} is missing or too much."
+                )
         if state.tsc_khz and abs(state.tsc_khz - self._tsc_khz) * 4000 > self._tsc_khz:
             raise StateError(
                 f"vCPU state: tsc_khz is {state.tsc_khz}; the Unicorn backend counts {self._tsc_khz} kHz here "
