@@ -15,7 +15,7 @@ from vmf.errors import TeleportCancelled, TeleportError, TransportClosed, Transp
 from vmf.machine import pages
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.connection import CLOSED, NEED_DATA, Connection
-from vmf.teleport.protocol.runs import PageRuns, pack_runs, unpack_runs
+from vmf.teleport.protocol.runs import PageRuns, pack_runs
 from vmf.teleport.protocol.states import Phase
 from vmf.transport.base import Channel
 
@@ -94,13 +94,10 @@ class Link:
             with self._state:
                 self.connection.receive_data(data)
 
-    def receive_pages(self, message: m.Pages, base: memoryview) -> int:
-        """The raw data of a PAGES message, into its place; returns the bytes."""
-        ranges = pages.to_byte_ranges(unpack_runs(message.runs))
-        self.channel.recv_ranges(base, ranges)
+    def bulk_received(self, count: int) -> None:
+        """The raw data of a PAGES message was taken from the channel by the caller."""
         with self._state:
-            self.connection.bulk_received(message.bulk)
-        return message.bulk
+            self.connection.bulk_received(count)
 
     def lost(self) -> Phase:
         """Nothing more comes of this session."""

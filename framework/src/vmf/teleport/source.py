@@ -8,7 +8,7 @@ round. The order that correctness hangs on:
 3. `machine.mark_handed_over` comes before HANDOVER is on the wire: whatever breaks from there, the source does not
    run the machine again by itself. Until then everything is undone on any failure.
 
-Which of the two a failure is, `Connection.outcome` says; nothing else here remembers it.
+Which of the two a failure is, `Connection.outcome` says (and `_marked`, for the instant between marking and sending).
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class _Source:
         )
         self._tracker: DirtyTracker | None = None
         self._touched_machine = False
+        self._marked = False  # told to let go: not to be undone any more, even if HANDOVER was not sent yet
         self._throttle = self._highest_throttle = 0.0
 
     # The conversation
@@ -317,6 +318,7 @@ class _Source:
         if self._remote_error is not None:
             raise self._remote_error
         self._canceller.commit()
+        self._marked = True
         machine.mark_handed_over()
         link.send(m.Handover())
         answer, _ = self._expect(m.Running, self._options.handover_timeout_s)
@@ -398,7 +400,7 @@ class _Source:
     def _failed(self, error: BaseException) -> BaseException:
         """Undo everything, or, after the handover, say that it cannot be undone. Returns what to raise."""
         phase = self._link.phase
-        if self._link.connection.outcome is SourceOutcome.RUNS_HERE:
+        if self._link.connection.outcome is SourceOutcome.RUNS_HERE and not self._marked:
             self._undo()  # the guest first; the other side can wait
             error = self._root_cause(error)
             said = self._link.phase is Phase.CHECK_DONE or self._link.try_send(farewell(error))

@@ -267,6 +267,7 @@ class _Session:
                     f"the source did not make its offer within {self._options.handshake_timeout_s:g} s."
                 )
         said = self._link.try_send(farewell(error)) or self._said_cancel
+        self._ram.close()
         if self._offered:
             self._machine.discard_arrival()
         self._link.finish(said=said)
@@ -387,6 +388,7 @@ class _Session:
             elif isinstance(message, m.RoundEnd):
                 if message.round != round_:
                     raise RemoteProtocolError(f"the source ended round {message.round} in round {round_}.")
+                ram.flush()  # the acknowledgement means: in RAM
                 self._link.send(m.RoundAck(round_, counters.sent_bytes))
                 round_ += 1
                 report.update(force=True, round=round_)
@@ -394,6 +396,7 @@ class _Session:
                 paused_at = time.monotonic_ns()
             elif isinstance(message, m.State):
                 self._rounds = round_ - 1
+                ram.flush()
                 return message, paused_at
             else:
                 raise RemoteProtocolError(f"the source sent {message.word()} in the middle of RAM.")
