@@ -114,6 +114,15 @@ class Host:
             time.sleep(0.01)
         return output
 
+    def wait_for_more(self, name: str, text: bytes = b"tick ", timeout: float = 60) -> None:
+        """Until the guest has written `text` twice more than it has now: it lives."""
+        before = self.output(name).count(text)
+        end = time.monotonic() + timeout
+        while (output := self.output(name)).count(text) < before + 2:
+            if time.monotonic() > end:
+                raise MachineError(f"no more {text!r} on the console of {name}: ...{output[-300:]!r}")
+            time.sleep(0.02)
+
     def vmf(self, *arguments: str, timeout: float = 60, **keywords: Any) -> subprocess.CompletedProcess[str]:
         """Run the `vmf` command on this host."""
         command = [sys.executable, "-m", "vmf.cli", *arguments]

@@ -1,0 +1,98 @@
+"""What the benchmarks share: tables, and reading what processes used."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def machine_line() -> str:
+    """Which computer this ran on, one line."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return f"{model}, {os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print Markdown, so that a result can be pasted into the documentation."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for number, row in enumerate(cells):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print(flush=True)
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def resident_mib(pid: int) -> dict[str, float]:
+    """RssAnon and RssShmem of a process in MiB (proc(5)); guest RAM is the shared part."""
+    found = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in ("RssAnon", "RssFile", "RssShmem", "VmHWM"):
+            found[name] = int(value.split()[0]) / 1024
+    return found
+
+
+class MemoryWatch:
+    """Samples a process's private memory until stopped; `peak_mib` is the largest anonymous resident set."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._stop = threading.Event()
+        self.peak_mib = 0.0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.01):
+            try:
+                self.peak_mib = max(self.peak_mib, resident_mib(self._pid)["RssAnon"])
+            except (FileNotFoundError, ProcessLookupError, KeyError):
+                return
+
+    def stop(self) -> float:
+        self._stop.set()
+        self._thread.join()
+        return self.peak_mib
+
+
+def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20) -> float:
+    """Bytes per second of a plain Python socket pair over loopback TCP between two processes: the ceiling."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    child = os.fork()
+    if child == 0:
+        peer = socket.create_connection(listener.getsockname())
+        data = memoryview(os.urandom(piece))
+        for _ in range(total_bytes // piece):
+            peer.sendall(data)
+        peer.recv(1)
+        os._exit(0)
+    channel, _ = listener.accept()
+    buffer = bytearray(piece)
+    channel.recv_into(buffer, 1)
+    started = time.perf_counter()
+    received = 1
+    while received < total_bytes:
+        received += channel.recv_into(buffer)
+    elapsed = time.perf_counter() - started
+    channel.close()
+    listener.close()
+    os.waitpid(child, 0)
+    return total_bytes / elapsed

@@ -1,0 +1,45 @@
+"""Guests for whole-machine tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmf.machine.config import MachineConfig
+from vmf.testing import guests
+
+
+@pytest.fixture
+def builtin() -> MachineConfig:
+    """A machine with the built-in self-checking guest."""
+    return MachineConfig(name="box", memory_mib=32, image=str(guests.builtin_guest()), cpu_backend="unicorn")
+
+
+@pytest.fixture
+def selfcheck() -> MachineConfig:
+    """A machine with Debian's kernel and the self-checking program."""
+    try:
+        guest = guests.selfcheck_guest("run -m 8 -r 32 -t 20")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return linux_machine(guest)
+
+
+@pytest.fixture
+def shell() -> MachineConfig:
+    """A machine with Debian's kernel and a shell on the console."""
+    try:
+        guest = guests.linux_guest()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return linux_machine(guest)
+
+
+def linux_machine(guest: guests.LinuxGuest) -> MachineConfig:
+    return MachineConfig(
+        name="box",
+        memory_mib=128,
+        kernel=str(guest.kernel),
+        initrd=str(guest.initrd),
+        cmdline=f"{guest.cmdline} loglevel=5",
+        cpu_backend="unicorn",
+    )
