@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 from vmf.errors import TransportError
 from vmf.teleport.progress import ProgressEvent, TeleportSummary
 from vmf.teleport.source import SourceOptions, teleport_source
@@ -13,6 +14,9 @@ from vmf.teleport.target import TargetOptions, wait_for_teleport
 from vmf.testing.teleport import FakeMachine, QueueListener, SocketChannel
 
 MIB = 1 << 20
+
+settings.register_profile("no-deadline", deadline=None)  # a busy host is no failure
+settings.load_profile("no-deadline")
 
 
 class Waiting:
@@ -101,8 +105,8 @@ class Pair:
     ) -> TeleportSummary:
         channel = channel or waiting.listener.connect()
         try:
-            settings = SourceOptions(**options)  # type: ignore[arg-type]
-            return teleport_source(source, channel, settings, progress, cancel)
+            chosen = SourceOptions(**options)  # type: ignore[arg-type]
+            return teleport_source(source, channel, chosen, progress, cancel)
         finally:
             channel.close()
 

@@ -66,7 +66,7 @@ def settle(pair, source, target, waiting, error: VmfError | None) -> str:
 
 def attempt(pair, source, waiting, channel=None, **options) -> VmfError | None:
     try:
-        pair.teleport(source, waiting, channel, handover_timeout_s=1.0, idle_timeout_s=3.0, **options)
+        pair.teleport(source, waiting, channel, handover_timeout_s=5.0, idle_timeout_s=10.0, **options)
     except TeleportError as caught:
         error = caught
     else:
@@ -509,3 +509,33 @@ def test_aborted_arrivals_leave_no_trace(pair):
     pair.teleport(source, waiting)
     waiting.wait_done()
     assert bytes(target.memory.buffer) == expected
+
+
+def test_a_machine_that_was_handed_over_is_never_discarded(pair):
+    """`resume` must not fail; if it does all the same, the target does not go back to waiting over the machine."""
+    source, target = running_source(pair), small(pair, "a2")
+    target.fail.add("resume")
+    waiting = pair.wait(target)
+    with pytest.raises(TeleportUncertain):
+        pair.teleport(source, waiting)
+    with pytest.raises(VmfError, match="resume fails"):
+        waiting.wait_done()
+    assert "discard_arrival" not in target.log
+    assert not source.runs
+
+
+def test_interrupted_between_marking_and_sending(pair):
+    """A machine that was told to let go is not started again, even if HANDOVER never left."""
+    source, target = running_source(pair), small(pair, "a2")
+
+    def interrupted() -> None:
+        source.log.append("mark_handed_over")
+        raise KeyboardInterrupt
+
+    source.mark_handed_over = interrupted
+    waiting = pair.wait(target)
+    with pytest.raises(TeleportUncertain):
+        pair.teleport(source, waiting)
+    assert not source.runs
+    waiting.wait_failure()
+    assert not target.runs

@@ -150,7 +150,8 @@ def remote_end(message: m.Message, who: str) -> TeleportError:
         return TeleportCancelled(f"the teleport was cancelled at the {who} ({message.reason.rstrip('.')}).")
     assert isinstance(message, m.Error)
     error = TeleportError(f"the {who} could not go on: {message.message}", message.remedy)
-    error.code = "busy" if message.code == "busy" else error.code
+    if message.code in ("busy", "version", "authentication"):
+        error.code = message.code
     return error
 
 

@@ -33,6 +33,7 @@ from vmf.teleport.link import Canceller, Link, explain, farewell, remote_end
 from vmf.teleport.progress import ProgressListener, Reporter, TeleportSummary
 from vmf.teleport.protocol import Connection, Phase, Role, SourceOutcome
 from vmf.teleport.protocol import messages as m
+from vmf.teleport.protocol.states import TARGET_RUNS
 from vmf.teleport.ram import RamReceiver
 from vmf.teleport.seam import TeleportableMachine, payload_kinds
 from vmf.teleport.source import software
@@ -133,15 +134,19 @@ class _Target:
         """One session; None when the machine does not run here after it."""
         message = ""
         self._report.restart()
+        self._session = session = _Session(self._machine, channel, self._report, self._cancel, self._options)
         try:
-            self._session = _Session(self._machine, channel, self._report, self._cancel, self._options)
-            summary = self._session.run()
+            summary = session.run()
             if summary is not None:
                 return summary
         except VmfError as error:
+            if session.owns:
+                raise
             message = m.clean_text(f"{channel.remote}: {error}")
             log.info("teleport session with %s", message)
         except Exception as error:
+            if session.owns:
+                raise
             # A bug, maybe provoked by the other side: waiting goes on all the same.
             message = m.clean_text(f"{channel.remote}: internal error: {type(error).__name__}: {error}")
             log.exception("teleport session with %s failed", channel.remote)
@@ -236,6 +241,11 @@ class _Session:
         self._canceller = Canceller(cancel, None, now=self._say_cancelled, late=channel.shutdown)
 
     @property
+    def owns(self) -> bool:
+        """HANDOVER came: the machine is this one, and waiting for another would lose it."""
+        return self._link.connection.phase in TARGET_RUNS
+
+    @property
     def over(self) -> bool:
         """The conversation has ended; at most cleaning up is left."""
         return self._link.connection.closed
@@ -249,8 +259,8 @@ class _Session:
             self._channel.set_timeout(self._options.idle_timeout_s)
             return self._run()
         except BaseException as error:
-            if self._link.connection.phase in (Phase.HANDOVER, Phase.RUNNING, Phase.DONE):
-                raise  # it runs here: not a failed session; only a bug in `resume` comes this way
+            if self.owns:
+                raise  # not a failed session: only a bug in `resume` comes this way
             raise self._failed(error) from (None if isinstance(error, TeleportError) else error)
         finally:
             self._over.set()
