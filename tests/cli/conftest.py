@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vmf.machine.home import Home
@@ -58,6 +59,28 @@ def vmf(environment: dict[str, str], tmp_path: Path) -> Run:
         assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture
+def here(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., SimpleNamespace]:
+    """The same in this process, for what needs no process of its own; faster."""
+    monkeypatch.setenv("VMF_HOME", str(home.data))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, status: int = 0, **more: str) -> SimpleNamespace:
+        from vmf.cli import app
+
+        with monkeypatch.context() as patched:
+            for key, value in more.items():
+                patched.setenv(key, value)
+            returned = app.run([str(each) for each in arguments])
+        out, err = capsys.readouterr()
+        assert returned == status, (returned, out, err)
+        return SimpleNamespace(stdout=out, stderr=err)
 
     return run
 

@@ -14,12 +14,12 @@ from vmf.cli.app import COMMANDS, cli
 from vmf.machine.home import Home
 
 
-def test_define_modify_show_list_forget(vmf: Any, home: Home, image: Path) -> None:
-    assert "defined" in vmf("createvm", "web", "--memory", 64, "--image", image.name).stdout
-    vmf("createvm", "db", "--memory", 32, "--kernel", image, "--cmdline", "quiet", "--cpu-backend", "unicorn")
-    vmf("modifyvm", "web", "--teleporter", "on", "--teleporter-port", 6000, "--teleporter-address", "localhost")
-    vmf("modifyvm", "web", "--memory", 128, "--description", "front\nend")
-    shown = json.loads(vmf("showvminfo", "web", "--json").stdout)
+def test_define_modify_show_list_forget(here: Any, home: Home, image: Path) -> None:
+    assert "defined" in here("createvm", "web", "--memory", 64, "--image", image.name).stdout
+    here("createvm", "db", "--memory", 32, "--kernel", image, "--cmdline", "quiet", "--cpu-backend", "unicorn")
+    here("modifyvm", "web", "--teleporter", "on", "--teleporter-port", 6000, "--teleporter-address", "localhost")
+    here("modifyvm", "web", "--memory", 128, "--description", "front\nend")
+    shown = json.loads(here("showvminfo", "web", "--json").stdout)
     assert shown["state"] == "poweredoff"
     assert shown["config"]["image"] == str(image), "relative paths are made absolute"
     assert shown["config"]["memory_mib"] == 128
@@ -29,15 +29,15 @@ def test_define_modify_show_list_forget(vmf: Any, home: Home, image: Path) -> No
         "address": "localhost",
         "transport": "tcp",
     }
-    assert "Teleporter:" in vmf("showvminfo", "web").stdout
-    vmf("modifyvm", "web", "--teleporter", "off", "--image", "none")
+    assert "Teleporter:" in here("showvminfo", "web").stdout
+    here("modifyvm", "web", "--teleporter", "off", "--image", "none")
     assert home.load("web").image is None
     assert home.load("web").teleporter.port == 6000, "what is not given stays"
-    listed = json.loads(vmf("list", "vms", "--json").stdout)
+    listed = json.loads(here("list", "vms", "--json").stdout)
     assert [(each["name"], each["state"]) for each in listed] == [("db", "poweredoff"), ("web", "poweredoff")]
-    assert json.loads(vmf("list", "runningvms", "--json").stdout) == []
-    vmf("unregistervm", "web")
-    vmf("unregistervm", "db", "--delete")
+    assert json.loads(here("list", "runningvms", "--json").stdout) == []
+    here("unregistervm", "web")
+    here("unregistervm", "db", "--delete")
     assert home.names() == []
 
 
@@ -72,17 +72,17 @@ def test_define_modify_show_list_forget(vmf: Any, home: Home, image: Path) -> No
         (["completion", "tcsh"], 2, "tcsh"),
     ],
 )
-def test_mistakes_are_one_line_with_a_remedy(vmf: Any, arguments: list[str], status: int, said: str) -> None:
-    vmf("createvm", "old", "--memory", 1)
-    done = vmf(*arguments, status=status)
+def test_mistakes_are_one_line_with_a_remedy(here: Any, arguments: list[str], status: int, said: str) -> None:
+    here("createvm", "old", "--memory", 1)
+    done = here(*arguments, status=status)
     assert done.stdout == ""
     assert done.stderr.startswith("vmf: error: ")
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
 
 
-def test_several_mistakes_are_a_line_each(vmf: Any) -> None:
-    done = vmf("createvm", "new", "--memory", 0, "--cmdline", "x\ty", "--cpu-backend", "auto", status=2)
+def test_several_mistakes_are_a_line_each(here: Any) -> None:
+    done = here("createvm", "new", "--memory", 0, "--cmdline", "x\ty", "--cpu-backend", "auto", status=2)
     assert [line.split(": ")[3].split(" =")[0] for line in done.stderr.splitlines()] == [
         "memory_mib",
         "cmdline",
@@ -90,26 +90,26 @@ def test_several_mistakes_are_a_line_each(vmf: Any) -> None:
     ]
 
 
-def test_json_errors(vmf: Any) -> None:
-    done = vmf("showvminfo", "none", "--json", status=1)
+def test_json_errors(here: Any) -> None:
+    done = here("showvminfo", "none", "--json", status=1)
     error = json.loads(done.stdout)["error"]
     assert error["code"] == "not-found"
     assert error["remedy"]
 
 
-def test_damaged_definition_does_not_spoil_the_list(vmf: Any, home: Home) -> None:
-    vmf("createvm", "good", "--memory", 1)
-    vmf("createvm", "bad", "--memory", 1)
+def test_damaged_definition_does_not_spoil_the_list(here: Any, home: Home) -> None:
+    here("createvm", "good", "--memory", 1)
+    here("createvm", "bad", "--memory", 1)
     home.paths("bad").definition.write_text("version = 1\nmemory = 5\n")
-    listed = {each["name"]: each for each in json.loads(vmf("list", "vms", "--json").stdout)}
+    listed = {each["name"]: each for each in json.loads(here("list", "vms", "--json").stdout)}
     assert listed["good"]["state"] == "poweredoff"
     assert listed["bad"]["state"] == "invalid"
     assert "memory" in listed["bad"]["error"]
-    assert "invalid" in vmf("list", "vms").stdout
+    assert "invalid" in here("list", "vms").stdout
 
 
-def test_read_only_home_is_said(vmf: Any) -> None:
-    done = vmf("createvm", "vm", "--memory", 1, status=1, VMF_HOME="/proc/nowhere")
+def test_read_only_home_is_said(here: Any) -> None:
+    done = here("createvm", "vm", "--memory", 1, status=1, VMF_HOME="/proc/nowhere")
     assert "VMF_HOME" in done.stderr
 
 
@@ -168,8 +168,8 @@ def test_start_is_light(vmf: Any, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(vmf: Any, shell: str) -> None:
-    assert "_VMF_COMPLETE" in vmf("completion", shell).stdout
+def test_completion(here: Any, shell: str) -> None:
+    assert "_VMF_COMPLETE" in here("completion", shell).stdout
 
 
 def test_completion_knows_the_machines(vmf: Any) -> None:

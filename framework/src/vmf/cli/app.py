@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status. Every error becomes lines on stderr."""
+    global _json
+    _json = False
     try:
         result = cli.main(args=None if arguments is None else list(arguments), prog_name="vmf", standalone_mode=False)
         sys.stdout.flush()

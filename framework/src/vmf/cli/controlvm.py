@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from vmf.control.client import ControlClient
 
 if TYPE_CHECKING:
     from vmf.machine.home import Home
+
+END_SECONDS = 10.0
 
 
 @click.group(subcommand_metavar="VERB [OPTIONS]")
@@ -72,6 +75,7 @@ def poweroff(name: str) -> None:
     """
     with ControlClient.of(home(), name) as machine:
         machine.power_off()
+    _ended(home(), name)
     say(f"Machine '{name}' is powered off.")
 
 
@@ -155,11 +159,19 @@ def teleport(
             )
         finally:
             view.close()
+    _ended(where, name)
     if as_json:
         say(json.dumps(summary))
     else:
         say(f"Machine '{name}' runs on {host} now.")
         show_summary(summary)
+
+
+def _ended(where: Home, name: str) -> None:
+    """Wait until the machine's process has gone, which takes it a moment, so that it can be started again at once."""
+    deadline = time.monotonic() + END_SECONDS
+    while where.process(name) is not None and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _cancel(name: str, as_json: bool) -> None:

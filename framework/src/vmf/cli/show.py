@@ -140,7 +140,7 @@ def plugins(as_json: bool) -> None:
     for record in records:
         here = "yes" + (f" ({record.detail})" if record.detail else "")
         if not record.usable:
-            here = f"no: {record.reason} {record.remedy}".rstrip()
+            here = f"no: {record.reason.rstrip('.')}. {record.remedy}".rstrip()
         rows.append((record.kind, record.name, record.version, record.distribution, here))
     table(rows, ("KIND", "NAME", "VERSION", "DISTRIBUTION", "USABLE HERE"))
 
