@@ -115,6 +115,9 @@ class Rig:
         self.vcpu: Vcpu = backend.create_vcpu(
             VcpuEnvironment(self.memory, self.bus, self.pic, self.contract, self.tsc_khz)
         )
+        self.vcpu.write_tsc(1 << 51)
+        self.tsc_can_be_set = self.vcpu.read_tsc() >= 1 << 51
+        """Not on PVM: its guests have the host's."""
 
     def close(self) -> None:
         self.vcpu.close()

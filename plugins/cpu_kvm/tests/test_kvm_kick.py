@@ -77,7 +77,7 @@ def test_kick_of_a_halted_vcpu(rig: Any) -> None:
 
 def test_vcpu_may_change_its_thread(rig: Any) -> None:
     rig.load(LOOP)
-    for _ in range(3):
+    for _ in range(30):
         thread = threading.Thread(target=lambda: rig.run(0.01))
         thread.start()
         thread.join()

@@ -186,6 +186,9 @@ def pack_events(buffer: abi.Buffer, state: VcpuState, *, payloads: bool, triple_
         raise StateError("vCPU state: an error code without an exception.")
     if vector is not None and vector > 31:
         raise StateError(f"vCPU state: exception {vector} does not exist.")
+    if events.interrupt_soft:
+        # KVM does not tell of an INT n in delivery: RIP stands on the instruction, which is executed again.
+        raise StateError(f"vCPU state: INT {events.interrupt} is in delivery, which KVM cannot hold.")
     if vector is not None and events.interrupt is not None:
         raise StateError("vCPU state: an exception and an interrupt are in delivery at once.")
     shadow = (0, _SHADOW_STI, _SHADOW_MOV_SS)[events.interrupt_shadow]
@@ -193,7 +196,7 @@ def pack_events(buffer: abi.Buffer, state: VcpuState, *, payloads: bool, triple_
         buffer, 0,
         vector is not None and payload is None, vector or 0, events.exception_error_code is not None,
         payload is not None, events.exception_error_code or 0,
-        events.interrupt is not None, events.interrupt or 0, events.interrupt_soft, shadow,
+        events.interrupt is not None, events.interrupt or 0, 0, shadow,
         0, events.nmi_pending, events.nmi_masked, 0,
         0, flags, 0, 0, 0, 0, 0,
         payload is not None, payload or 0,
@@ -204,7 +207,7 @@ def unpack_events(buffer: abi.Buffer, rflags: int) -> tuple[PendingEvents, int]:
     """The events, and RFLAGS with what KVM would do to them when it delivers a pending fault."""
     (
         injected, vector, has_code, pending, code,
-        interrupt_injected, interrupt, soft, shadow,
+        interrupt_injected, interrupt, _soft, shadow,
         nmi_injected, nmi_pending, nmi_masked, _pad,
         _sipi, _flags, smm, smi_pending, _smm_nmi, _init, triple_fault,
         has_payload, payload,
@@ -225,7 +228,6 @@ def unpack_events(buffer: abi.Buffer, rflags: int) -> tuple[PendingEvents, int]:
         exception_error_code=code if raised and has_code else None,
         exception_payload=payload if pending and has_payload else None,
         interrupt=interrupt if interrupt_injected else None,
-        interrupt_soft=bool(interrupt_injected and soft),
         nmi_pending=bool(nmi_pending or nmi_injected),
         nmi_masked=bool(nmi_masked and not nmi_injected),
         interrupt_shadow={0: 0, _SHADOW_STI: 1, _SHADOW_MOV_SS: 2}[shadow & 3],

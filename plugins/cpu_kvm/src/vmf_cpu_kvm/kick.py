@@ -86,8 +86,7 @@ class Kicker:
         self.number = claim_signal()
         self._only = {self.number}
         self.thread = 0
-        """threading.get_ident() of the thread that `bind` was called on."""
-        self._tid = 0
+        """threading.get_native_id() of the thread that `bind` was called on; `get_ident` is used again too soon."""
         self._pid = 0
         self._timer = -1
         self._armed: int | None = None
@@ -102,9 +101,9 @@ class Kicker:
         mask = abi.buffer(4 + _KERNEL_SIGSET_SIZE)
         struct.pack_into("<IQ", mask, 0, _KERNEL_SIGSET_SIZE, inside)
         self._set_signal_mask(mask)
-        self._pid, self._tid = os.getpid(), threading.get_native_id()
+        self._pid, thread = os.getpid(), threading.get_native_id()
         event, timer = abi.buffer(_SIGEVENT.size), ctypes.c_int(-1)
-        _SIGEVENT.pack_into(event, 0, 0, self.number, _SIGEV_THREAD_ID, self._tid)
+        _SIGEVENT.pack_into(event, 0, 0, self.number, _SIGEV_THREAD_ID, thread)
         if abi.syscall(
             _SYS_TIMER_CREATE, _CLOCK_MONOTONIC, ctypes.addressof(event), ctypes.addressof(timer), 0
         ):
@@ -114,7 +113,7 @@ class Kicker:
                 "Raise the limit on pending signals (ulimit -i)." if code == errno.EAGAIN else "",
             )
         self._timer, self._armed = timer.value, None
-        self.thread = threading.get_ident()
+        self.thread = thread
 
     def arm(self, deadline_ns: int | None) -> None:
         """Send the signal at that `time.monotonic_ns()`; None: never. Replaces the deadline before."""
@@ -137,7 +136,7 @@ class Kicker:
 
     def signal(self) -> None:
         """Send the signal to the vCPU thread."""
-        abi.syscall(_SYS_TGKILL, self._pid, self._tid, self.number, 0)
+        abi.syscall(_SYS_TGKILL, self._pid, self.thread, self.number, 0)
 
     def close(self) -> None:
         """Free the timer; idempotent."""

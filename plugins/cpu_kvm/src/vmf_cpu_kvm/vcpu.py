@@ -60,6 +60,8 @@ _TSS_ADDRESS = 0xFFFBD000
 _IDENTITY_MAP_ADDRESS = 0xFFFBC000
 """Four pages below 4 GiB that KVM on Intel needs for real mode without unrestricted guests; never RAM here."""
 
+_EFER_KNOWN = 0x20_ED01
+"""SCE LME LMA NXE LMSLE FFXSR TCE AIBRSE; the ones that the guest's CPUID lacks KVM refuses itself."""
 _KEPT_EVENTS = (
     "exception", "exception_error_code", "exception_payload", "interrupt", "nmi_pending", "nmi_masked",
 )  # fmt: skip
@@ -81,12 +83,14 @@ class KvmVcpu(Vcpu):
         """Make the VM.
 
         Args:
-            strict: a KVM that presents another CPUID than the contract is refused; otherwise `overrides` tells.
+            strict: a KVM that presents another CPUID than the contract, or another TSC than was set, is refused;
+                otherwise `overrides` tells of the CPUID.
             dirty_log: let KVM log writes (see `vmf_cpu_kvm.dirtylog`).
 
         Raises BackendUnavailable when KVM refuses, StateError when it cannot honour the contract.
         """
         self.overrides: list[Difference] = []
+        self._strict = strict
         self._environment = environment
         self._host = host
         self._layout = cpuid.xsave_layout(host.supported_cpuid)
@@ -101,7 +105,7 @@ class KvmVcpu(Vcpu):
         """Why the registers are not worth saving."""
         try:
             self._make(device, dirty_log)
-            self._set_cpuid(strict)
+            self._set_cpuid()
             self._set_tsc_rate()
             self._choose_msrs()
             self.restore(reset_state(environment.tsc_khz))
@@ -186,7 +190,7 @@ class KvmVcpu(Vcpu):
     def _set(self, request: int, argument: Any) -> None:
         abi.ioctl(self._fd, request, argument)
 
-    def _set_cpuid(self, strict: bool) -> None:
+    def _set_cpuid(self) -> None:
         contract = self._environment.cpuid
         if misplaced := cpuid.misplaced_components(contract, self._layout):
             raise StateError(
@@ -206,7 +210,7 @@ class KvmVcpu(Vcpu):
         self._set(self._set_sregs, self._sregs)
         presented = get_cpuid(self._fd, abi.GET_CPUID2)
         self.overrides = changed = cpuid.overridden(contract, presented)
-        if changed and strict:
+        if changed and self._strict:
             listed = "; ".join(f"{item.field} {item.contract} becomes {item.capability}" for item in changed[:8])
             raise StateError(
                 f"KVM presents another CPUID than the machine's contract: {listed}.",
@@ -245,7 +249,7 @@ class KvmVcpu(Vcpu):
     def run(self, deadline_ns: int | None) -> VmExit:
         kicker, run = self._kicker, self._run
         assert kicker is not None
-        if kicker.thread != threading.get_ident():
+        if kicker.thread != threading.get_native_id():
             kicker.bind()
         interrupts, bus, fd = self._environment.interrupts, self._environment.bus, self._fd
         pending, ioctl, unpack = interrupts.pending, abi.raw_ioctl, abi.RUN_IO.unpack_from
@@ -464,6 +468,8 @@ class KvmVcpu(Vcpu):
         self._wake_by_nmi = state.halted and state.events.nmi_pending and not state.events.nmi_masked
         self._lost = ""
         self.write_tsc(state.tsc)
+        if self._strict and not 0 <= self.read_tsc() - state.tsc & (1 << 64) - 1 < 10_000 * state.tsc_khz:
+            raise StateError("vCPU state: this KVM does not let a guest's TSC be set.", "Use the Unicorn backend.")
         self._settle()  # makes KVM say whether the guest can take an interrupt now
         self._check_events(fd, state)
 
@@ -478,6 +484,8 @@ class KvmVcpu(Vcpu):
         rate = self._environment.tsc_khz
         if state.tsc_khz != rate:
             raise StateError(f"vCPU state: its TSC counts at {state.tsc_khz} kHz, the machine's at {rate} kHz.")
+        if state.efer & ~_EFER_KNOWN:  # KVM would take it, and the CPU then refuse to enter
+            raise StateError(f"vCPU state: EFER {state.efer:#x} has bits that no guest of this backend can set.")
         allowed = cpuid.allowed_components(self._environment.cpuid)
         if state.xcr0 & ~allowed:
             raise StateError(
