@@ -42,7 +42,9 @@ done
 
 
 @click.command()
-@click.option("--guest", type=click.Choice(["auto", "linux", "builtin"]), default="auto", show_default=True)
+@click.option(
+    "--guest", type=click.Choice(["auto", "linux", "builtin"]), default="auto", show_default=True, help="What to boot."
+)
 @click.option("--hops", type=click.IntRange(1, 1000), default=2, show_default=True, help="How often it teleports.")
 @click.option("--stay", type=float, default=3.0, show_default=True, help="Seconds that it stays at each host.")
 @click.option("--cpu-backend", default="auto", show_default=True, help="Of both hosts.")
