@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from vmf.cpu.state import VcpuState
+from vmf.cpu.state import RFLAGS_IF, VcpuState
 
 if TYPE_CHECKING:
     from vmf.cpuid.table import CpuidTable
@@ -93,6 +93,11 @@ class Vcpu(ABC):
             deadline_ns: `time.monotonic_ns()` value by which to return KICKED (a little late is fine; early is not
                 an error), or None for no deadline.
         """
+
+    def halted_for_good(self) -> bool:
+        """After `run` returned HALTED: whether interrupts are off (RFLAGS.IF clear), so that no device can wake the
+        guest. That is how a Linux without ACPI ends when it is switched off. Override where it is cheaper to tell."""
+        return not self.save().rflags & RFLAGS_IF
 
     @abstractmethod
     def kick(self) -> None:

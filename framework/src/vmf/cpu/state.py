@@ -26,6 +26,9 @@ GENERAL_REGISTERS = (
 SEGMENT_NAMES = ("es", "cs", "ss", "ds", "fs", "gs")
 """In the order of their instruction encodings."""
 
+RFLAGS_IF = 1 << 9
+"""Interrupts are taken (SDM vol. 1 figure 3-8)."""
+
 # Access-rights bits of a segment, SDM vol. 3C table 24-2.
 AR_S = 1 << 4
 AR_DPL_SHIFT = 5

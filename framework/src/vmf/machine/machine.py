@@ -320,6 +320,8 @@ class Machine:
     def _on_exit(self, exit_: VmExit) -> None:
         if exit_.reason is ExitReason.SHUTDOWN:
             self._guest_reset()
+        elif exit_.reason is ExitReason.HALTED:
+            self._guest_power_off()  # interrupts off for good: how a guest without ACPI switches itself off
         else:
             self._fail(f"CPU backend {self.hardware.backend.name}: {exit_.detail or exit_.reason.value}")
 

@@ -66,7 +66,7 @@ class VcpuThread:
         on_exit: Callable[[VmExit], None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        """`on_exit` gets SHUTDOWN and ERROR exits, `on_crash` what a device or posted callable raised; both on the
+        """`on_exit` gets SHUTDOWN and ERROR exits and a HALTED that no interrupt can end, `on_crash` what a device or posted callable raised; both on the
         thread, with the vCPU no longer running."""
         self._clock = clock
         self._timers = timers
@@ -172,7 +172,10 @@ class VcpuThread:
         self._timers.on_earlier = None
         elapsed = time.perf_counter() - started
         self.run_seconds += elapsed
-        if exit_.reason is ExitReason.HALTED:
+        if exit_.reason is ExitReason.HALTED and vcpu.halted_for_good():
+            self._running = False
+            self._on_exit(exit_)
+        elif exit_.reason is ExitReason.HALTED:
             # The guest may have programmed a timer just before: the deadline from before the run is not good enough.
             next_timer = self._timers.next_deadline()
             self._sleep_until(None if next_timer is None else self._clock.host_deadline(next_timer))

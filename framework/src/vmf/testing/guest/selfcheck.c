@@ -297,7 +297,7 @@ static void signal_worker(void)
 			while (alarms < seen + 3)
 				pause();
 			int64_t passed = now(CLOCK_MONOTONIC) - begin;
-			if (passed < 38000000)
+			if (passed < 19000000) /* the first may be late, but not the two after it early */
 				mismatch("three alarms of 20 ms within %lld ns", (long long)passed);
 			round_done();
 		}
