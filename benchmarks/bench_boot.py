@@ -29,8 +29,8 @@ def boot_vmf(host: Host, memory_mib: int) -> float:
         MachineConfig(
             name="bench",
             memory_mib=memory_mib,
-            kernel=str(guest.kernel),
-            initrd=str(guest.initrd),
+            kernel=guest.kernel,
+            initrd=guest.initrd,
             cmdline=guest.cmdline,
             cpu_backend="unicorn",
         )

@@ -45,8 +45,8 @@ def main() -> int:
                 MachineConfig(
                     name="stress",
                     memory_mib=options.memory,
-                    kernel=str(guest.kernel),
-                    initrd=str(guest.initrd),
+                    kernel=guest.kernel,
+                    initrd=guest.initrd,
                     cmdline=f"{guest.cmdline} loglevel=5",  # notices would come in the middle of the guest's lines
                     cpu_backend=backends[number % len(backends)],
                 )

@@ -70,8 +70,8 @@ def teleport_vmf(case: Case, runs: int) -> list[Result]:
     config = MachineConfig(
         name="bench",
         memory_mib=case.memory_mib,
-        kernel=str(guest.kernel),
-        initrd=str(guest.initrd),
+        kernel=guest.kernel,
+        initrd=guest.initrd,
         cmdline=guest.cmdline,
         cpu_backend="unicorn",
     )

@@ -8,25 +8,20 @@ Without a kernel the built-in self-checking guest runs.
 from __future__ import annotations
 
 import argparse
-import re
 import threading
+from pathlib import Path
 
 import vmf
 from vmf.machine.machine import wait_until
 from vmf.testing.guests import builtin_guest
 
 
-def ticks(machine: vmf.Machine) -> list[int]:
-    """The numbers of the guest's lines "tick N ..." so far."""
-    return [int(number) for number in re.findall(rb"tick (\d+)", machine.console.scrollback())]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Teleport a guest between two machines of one program.")
-    parser.add_argument("--kernel", help="a Linux bzImage or vmlinux")
-    parser.add_argument("--initrd", help="its initial RAM disk")
+    parser.add_argument("--kernel", type=Path, help="a Linux bzImage or vmlinux")
+    parser.add_argument("--initrd", type=Path, help="its initial RAM disk")
     options = parser.parse_args()
-    guest = {"kernel": options.kernel, "initrd": options.initrd} if options.kernel else {"image": str(builtin_guest())}
+    guest = {"kernel": options.kernel, "initrd": options.initrd} if options.kernel else {"image": builtin_guest()}
 
     registry = vmf.PluginRegistry()
     with (

@@ -11,7 +11,7 @@ from vmf.testing import guests
 @pytest.fixture
 def builtin() -> MachineConfig:
     """A machine with the built-in self-checking guest."""
-    return MachineConfig(name="box", memory_mib=32, image=str(guests.builtin_guest()), cpu_backend="unicorn")
+    return MachineConfig(name="box", memory_mib=32, image=guests.builtin_guest(), cpu_backend="unicorn")
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def linux_machine(guest: guests.LinuxGuest) -> MachineConfig:
     return MachineConfig(
         name="box",
         memory_mib=128,
-        kernel=str(guest.kernel),
-        initrd=str(guest.initrd),
+        kernel=guest.kernel,
+        initrd=guest.initrd,
         cmdline=f"{guest.cmdline} loglevel=5",
         cpu_backend="unicorn",
     )

@@ -91,12 +91,12 @@ def _choose_guest(guest: str, memory: int, cpu_backend: str) -> MachineConfig:
             return MachineConfig(
                 name=MACHINE,
                 memory_mib=max(memory, 128),
-                kernel=str(linux.kernel),
-                initrd=str(linux.initrd),
+                kernel=linux.kernel,
+                initrd=linux.initrd,
                 cmdline=linux.cmdline,
                 cpu_backend=cpu_backend,
             )
-    return MachineConfig(name=MACHINE, memory_mib=memory, image=str(guests.builtin_guest()), cpu_backend=cpu_backend)
+    return MachineConfig(name=MACHINE, memory_mib=memory, image=guests.builtin_guest(), cpu_backend=cpu_backend)
 
 
 def _travel(

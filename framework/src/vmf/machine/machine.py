@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmf.cpu.backend import CpuBackend, ExitReason, VmExit
 from vmf.cpuid.contract import make_contract
-from vmf.cpuid.layout import vendor_of
-from vmf.cpuid.negotiate import meet
+from vmf.cpuid.negotiate import negotiate
 from vmf.errors import (
     ImageError,
     InvalidStateError,
@@ -139,7 +138,7 @@ class Machine:
     def boot_digest(self) -> dict[str, str]:
         """What a reset would start: SHA-256 of the images and the command line, by option name."""
         digests = {
-            key: self._digest(Path(path))
+            key: self._digest(path)
             for key in ("kernel", "initrd", "image")
             if (path := getattr(self.config, key)) is not None
         }
@@ -247,17 +246,16 @@ class Machine:
     def _contract(self, backend: CpuBackend) -> CpuidTable:
         contract = make_contract(backend.cpuid_capability(), tsc_khz=backend.tsc_khz())
         for restricted in self.registry.hooks.cpuid_policy(self.name, contract):
-            contract = meet(contract, restricted, vendor_of(contract))
+            contract = negotiate([contract, restricted]).table
         return contract
 
     def _load(self, memory: GuestMemory) -> VcpuState:
         config = self.config
         khz = self.hardware.tsc_khz
         if config.kernel is not None:
-            initrd = None if config.initrd is None else Path(config.initrd)
-            return boot.load_guest(memory, Path(config.kernel), initrd, config.cmdline or None, khz)
+            return boot.load_guest(memory, config.kernel, config.initrd, config.cmdline or None, khz)
         if config.image is not None:
-            return boot.load_image(memory, Path(config.image), khz)
+            return boot.load_image(memory, config.image, khz)
         raise ImageError(
             f"machine {self.name} has nothing to start.",
             f"Give it a kernel with `vmf modifyvm {self.name} --kernel FILE`.",
