@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from kvmlab import Lab, missing
 from kvmlab.lab import pytest_command
+from kvmlab.qemu import CPU
 from vmf.errors import VmfError
 
 LAB_FAILED = 125
@@ -66,6 +67,7 @@ def _act(options: argparse.Namespace) -> int:
         environment=dict(pair.split("=", 1) for pair in options.env),
         memory_mib=options.memory,
         processors=options.smp,
+        cpu=options.cpu,
         echo=echo,
     )
     over = ", its time was over" if result.timed_out else ""
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set for the command")
         action.add_argument("--memory", type=int, default=2048, metavar="MIB", help="of the lab's machine (2048)")
         action.add_argument("--smp", type=int, default=2, metavar="N", help="processors of the lab's machine (2)")
+        action.add_argument("--cpu", default=CPU, help=f"of the lab's machine, as QEMU has it ({CPU})")
         action.add_argument("--console", action="store_true", help="show the lab's kernel console, too")
         action.add_argument("command", nargs="+", metavar="-- COMMAND")
     return parser

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from kvmlab import Lab, LabError, cache, job, missing, needs, packages
-from kvmlab.cpio import Archive
 from kvmlab.lab import pytest_command
 
 TREE = packages.TREE
@@ -82,21 +81,6 @@ def test_what_is_missing_is_named_with_its_package(monkeypatch: pytest.MonkeyPat
 def test_failed_tools_are_quoted() -> None:
     with pytest.raises(LabError, match=r"could not try.*status 3:\n.*words"):
         needs.call(["sh", "-c", "echo words; exit 3"], what="try")
-
-
-def test_cpio_is_what_cpio_reads(tmp_path: Path) -> None:
-    if needs.which("busybox") is None:
-        pytest.skip("busybox is not installed")
-    archive = Archive()
-    archive.directory("d")
-    archive.file("d/odd", b"12345", 0o755)
-    archive.file("d/empty", b"")
-    archive.file("last", bytes(1000))
-    subprocess.run(["busybox", "cpio", "-i", "-d"], input=archive.finish(), cwd=tmp_path, check=True)
-    assert (tmp_path / "d/odd").read_bytes() == b"12345"
-    assert (tmp_path / "d/odd").stat().st_mode & 0o777 == 0o755
-    assert (tmp_path / "d/empty").read_bytes() == b""
-    assert (tmp_path / "last").read_bytes() == bytes(1000)
 
 
 def test_requirements_are_those_from_outside() -> None:

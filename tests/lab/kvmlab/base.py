@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from vmf.testing.initrd import Entry, cpio
 
 from kvmlab import needs
 from kvmlab.cache import cached, digest, entry
-from kvmlab.cpio import Archive
 from kvmlab.errors import LabError, LabUnavailable
 
 HERE = Path(__file__).resolve().parent
@@ -133,15 +134,16 @@ def _settle(root: Path, python: str) -> None:
 
 def _initrd(root: Path, kernel: str) -> bytes:
     """What mounts the root image: see initrd-init.sh."""
-    archive = Archive()
-    archive.directory("bin")
-    archive.file("bin/busybox", (root / "bin/busybox").read_bytes(), 0o755)
-    archive.file("init", (HERE / "initrd-init.sh").read_bytes(), 0o755)
-    archive.directory("modules")
+    entries = [
+        Entry("bin", stat.S_IFDIR | 0o755),
+        Entry("bin/busybox", stat.S_IFREG | 0o755, (root / "bin/busybox").read_bytes()),
+        Entry("init", stat.S_IFREG | 0o755, (HERE / "initrd-init.sh").read_bytes()),
+        Entry("modules", stat.S_IFDIR | 0o755),
+    ]
     for number, name in enumerate(BOOT_MODULES):
         (path,) = (root / "usr/lib/modules" / kernel).rglob(f"{name}.ko")
-        archive.file(f"modules/{number}-{name}.ko", path.read_bytes())
-    return archive.finish()
+        entries.append(Entry(f"modules/{number}-{name}.ko", stat.S_IFREG | 0o644, path.read_bytes()))
+    return cpio(entries)
 
 
 def _download_kernel(target: Path) -> None:

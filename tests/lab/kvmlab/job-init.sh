@@ -20,8 +20,9 @@ busybox ifconfig lo 127.0.0.1 up
 busybox hostname vmf-lab
 modprobe virtio_console
 modprobe kvm-amd || echo "lab: no kvm-amd"
-export VMF_LAB=1 VMF_LAB_RESULTS=/lab/out/results VMF_LAB_KERNEL=/boot/vmlinuz VMF_LAB_BUSYBOX=/bin/busybox
-export VMF_CACHE=/lab/cache
+export VMF_LAB=1 VMF_LAB_RESULTS=/lab/out/results
+# what vmf.testing.guests looks for
+export VMF_KERNEL=/boot/vmlinuz VMF_BUSYBOX=/bin/busybox VMF_CACHE=/lab/cache
 until [ -c /dev/vport0p1 ] && [ -c /dev/vport0p2 ]; do sleep 0.05; done
 
 cd /lab/tree

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
+from vmf.testing.guests import selfcheck
 
 from kvmlab.packages import GENERATED, TREE
 
@@ -70,6 +71,8 @@ def write_job(
             archive.add(site, "site")
         for name, path in _tree_files():
             archive.add(path, f"tree/{name}")
+        if (program := selfcheck().path) is not None:  # the lab has no compiler
+            archive.add(program, f"cache/guests/{program.name}")
         for name, path in (files or {}).items():
             archive.add(path, name.strip("/"))
     with disk.open("ab") as file:

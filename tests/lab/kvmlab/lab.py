@@ -80,14 +80,15 @@ class Lab:
         environment: Mapping[str, str] | None = None,
         memory_mib: int = 2048,
         processors: int = 2,
+        cpu: str = qemu.CPU,
         results_mib: int = 512,
         echo: qemu.Echo | None = None,
     ) -> LabResult:
         """Run a command in a newly booted lab and bring back what it printed and wrote.
 
         It starts in /lab/tree, where the project's tests, examples and benchmarks are; the project is installed for
-        /usr/bin/python3. In its environment: VMF_LAB=1, VMF_LAB_RESULTS (a directory whose content comes back),
-        VMF_LAB_KERNEL (a stock Debian kernel) and VMF_LAB_BUSYBOX (static).
+        /usr/bin/python3. In its environment: VMF_LAB=1 and VMF_LAB_RESULTS, a directory whose content comes back. The
+        guests of `vmf.testing.guests` are there: the stock Debian kernel, busybox, the self-checking program.
 
         Args:
             command: program and arguments.
@@ -95,6 +96,7 @@ class Lab:
             directory: where to put the results; must be empty or missing. Default: a new temporary directory.
             files: more files or directories to take along, by their place under /lab.
             environment: more variables for the command.
+            cpu: QEMU's description of the lab's processors.
             results_mib: how much may come back.
             echo: called with what is printed, as it is.
 
@@ -118,7 +120,7 @@ class Lab:
                 (work / "job", False),
                 (work / "disk", True),
             )
-            machine = qemu.Hardware(self.base.vmlinuz, self.base.initrd, disks, memory_mib, processors)
+            machine = qemu.Hardware(self.base.vmlinuz, self.base.initrd, disks, memory_mib, processors, cpu)
             finished = qemu.run(machine, work, timeout + BOOT_SECONDS, echo)
             printed = {name: _text(work / name) for name in ("stdout", "stderr", "console")}
             outcome = job.read_results(work / "disk", target)

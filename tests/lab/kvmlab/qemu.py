@@ -20,6 +20,7 @@ from attrs import field, frozen
 from kvmlab import needs
 from kvmlab.errors import LabError
 
+CPU = "max,+svm,+npt"
 POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -37,13 +38,14 @@ class Hardware:
     """Image and whether the machine may write to it."""
     memory_mib: int = 2048
     processors: int = 2
+    cpu: str = CPU
     cmdline: str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable loglevel=5"
     streams: tuple[str, ...] = field(default=("stdout", "stderr"))
 
     def arguments(self, directory: Path) -> list[str]:
         """QEMU's command line; the streams and the console are written to `directory`."""
         arguments = ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"]
-        arguments += ["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"]
+        arguments += ["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", self.cpu]
         arguments += ["-smp", str(self.processors), "-m", str(self.memory_mib)]
         arguments += ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", self.cmdline]
         arguments += [
