@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
+
 from vmf.errors import TransportError
 from vmf.teleport.progress import ProgressEvent, TeleportSummary
 from vmf.teleport.source import SourceOptions, teleport_source

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from vmf.device.base import Payload
 from vmf.errors import LocalProtocolError, RemoteProtocolError
 from vmf.teleport.check import Blocker

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from attrs import evolve, frozen
+
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol import states
 from vmf.teleport.protocol.states import FINAL, LOST, SOURCE_OUTCOME, TABLE, TARGET_RUNS, Phase, Role, SourceOutcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from vmf.errors import TeleportBlocked, TeleportError
 from vmf.machine.memory import PAGE_SIZE
 from vmf.teleport.check import Blocker

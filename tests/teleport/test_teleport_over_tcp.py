@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from vmf.errors import TeleportError
 from vmf.machine.dirty import DirtyTracker, tracker_kinds
 from vmf.machine.memory import PAGE_SIZE, GuestMemory

@@ -8,6 +8,7 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vmf.errors import MachineError
 from vmf.teleport.check import Blocker, compare_descriptions, compare_payloads, show
 from vmf.teleport.clocks import ClockOffset
