@@ -8,8 +8,8 @@ from vmf.cpu.backend import ExitReason
 from vmf_cpu_unicorn import cpuid, engine
 from vmf_cpu_unicorn.selftest_guest import CODE, DATA, Bench
 
-# Feature: (instructions, registers before, registers expected after). RDI points to 32 bytes 00 01 02 ... 1f; XMM0 and
-# XMM1 are loaded from its halves, and `out` of XMM0 is read back into RAX (low) and RDX (high) when "xmm" is expected.
+# Feature: (instructions, registers before, what is expected after). RDI points to 32 bytes 00 01 02 ... 1f, whose halves
+# are loaded into XMM0 and XMM1. Expected are registers, "xmm" for XMM0, "mem0" and "mem1" for words at RDI.
 _EXECUTED: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {
     "fpu": ("d9e8 d9e8 dec1 df3f 488b07", {}, {"rax": 2}),  # fld1; fld1; faddp; fistp qword [rdi]; mov rax,[rdi]
     "vme": ("0f20e0 4883c801 0f22e0 0f20e0", {}, {"rax": 0x621}),  # CR4.VME can be set
