@@ -17,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import numpy as np
+
 from vmf.machine import pages
 from vmf.machine.memory import MIB, GuestMemory
 from vmf.transport.base import Address

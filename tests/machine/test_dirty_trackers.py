@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vmf.errors import ConfigError, MachineError
 from vmf.machine import pages
 from vmf.machine.dirty import DirtyTracker, PageRuns, open_tracker, tracker_kinds

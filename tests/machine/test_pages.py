@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vmf.machine import pages
 from vmf.machine.dirty import PageRuns
 from vmf.machine.memory import PAGE_SIZE

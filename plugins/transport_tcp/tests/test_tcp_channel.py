@@ -11,10 +11,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import vmf_transport_tcp.channel as channel_module
-import vmf_transport_tcp.vectors as vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import vmf_transport_tcp.channel as channel_module
+import vmf_transport_tcp.vectors as vectors
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
 from vmf.transport.base import Address
 from vmf_transport_tcp.channel import TcpChannel

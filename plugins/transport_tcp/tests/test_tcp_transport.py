@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import vmf_transport_tcp.plugin as plugin
 import vmf_transport_tcp.transport as module
 from vmf.errors import TransportClosed, TransportError, TransportTimeout

@@ -122,7 +122,8 @@ def _apt_options(private: Path | None) -> list[str]:
     if private is not None:
         for folder in ("state/lists/partial", "cache/archives/partial"):
             (private / folder).mkdir(parents=True, exist_ok=True)
-        options += ["-o", f"Dir::State={private}/state", "-o", "Dir::State::status=/var/lib/dpkg/status"]
+        options += ["-o", f"Dir::State={private}/state", "-o", f"Dir::State::lists={private}/state/lists"]
+        options += ["-o", "Dir::State::status=/var/lib/dpkg/status"]
         options += ["-o", f"Dir::Cache={private}/cache"]
     return options
 

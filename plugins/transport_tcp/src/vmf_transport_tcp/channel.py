@@ -20,7 +20,6 @@ from typing import NoReturn
 
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
 from vmf.transport.base import Address, Buffer, ByteRanges, Channel
-
 from vmf_transport_tcp.vectors import IOV_MAX, Vector, recv_some, send_some
 
 _SIOCOUTQ = 0x5411  # <linux/sockios.h>: bytes in the send queue that are not acknowledged

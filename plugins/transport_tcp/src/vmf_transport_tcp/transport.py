@@ -16,7 +16,6 @@ from typing import Any
 
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
 from vmf.transport.base import Address, Channel, Listener, Transport
-
 from vmf_transport_tcp.channel import TcpChannel
 
 SCHEME = "tcp"
