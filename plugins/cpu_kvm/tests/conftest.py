@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 import pytest
+
 from vmf.cpu.backend import CpuBackend, ExitReason, Vcpu, VcpuEnvironment, VmExit
 from vmf.cpu.state import (
     GENERAL_REGISTERS,
@@ -239,14 +240,6 @@ class Kicks:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-@pytest.fixture(scope="session")
-def untrusted_kvm() -> Any:
-    """The KVM backend without VMF_KVM_TRUST."""
-    from vmf_cpu_kvm.backend import KvmBackend
-
-    return KvmBackend()
 
 
 @pytest.fixture(scope="session")

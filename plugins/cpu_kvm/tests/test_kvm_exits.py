@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+
 from vmf.cpu.backend import ExitReason
 
 HLT = b"\xf4"

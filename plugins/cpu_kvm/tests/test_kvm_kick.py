@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+
 from vmf.cpu.backend import ExitReason
 
 LOOP = b"\xeb\xfe"

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+
 from vmf.cpu.backend import CpuBackend, ExitReason
 from vmf.cpu.state import VcpuState
 from vmf.cpuid.table import CpuidTable

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+
 from vmf.cpu.state import GENERAL_REGISTERS, PendingEvents, Segment, VcpuState, fresh_xsave
 from vmf.errors import StateError
 
@@ -74,7 +75,8 @@ def random_events(rng: random.Random, interrupts_on: bool, pvm: bool) -> Pending
     if kind == 0:
         return PendingEvents(exception=13, exception_error_code=rng.randrange(1 << 16) & ~1)
     if kind == 1:
-        return PendingEvents(exception=14, exception_error_code=rng.randrange(8), exception_payload=rng.getrandbits(64))
+        address = rng.getrandbits(64)
+        return PendingEvents(exception=14, exception_error_code=rng.randrange(8), exception_payload=address)
     if kind == 2:
         return PendingEvents(interrupt=rng.randrange(32, 256))
     if kind == 3:
@@ -104,7 +106,7 @@ def test_random_states_round_trip(rig: Any, kit: Any, pvm: bool) -> None:
     assert len(kinds) > 6
 
 
-@pytest.mark.skipif(given is None, reason="hypothesis is not installed; test_random_states_round_trip covers the same")
+@pytest.mark.skipif(given is None, reason="no hypothesis here; test_random_states_round_trip covers the same")
 def test_states_round_trip_property(rig: Any, kit: Any, pvm: bool) -> None:
     @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, U64 - 1))
@@ -129,7 +131,7 @@ def test_nothing_of_an_earlier_state_survives(rig: Any, kit: Any, pvm: bool) -> 
 
 
 def test_half_done_input_is_completed_by_save(rig: Any, kit: Any, make_rig: Any) -> None:
-    """A device that fails in the middle of an IN, and one that kicks from inside it: save sees the result of the IN."""
+    """A device that kicks in the middle of an IN, and one that fails there: save is behind the instruction."""
     code = b"\x66\xba\x10\x05\xed\x89\xc3\xf4"  # mov dx, 0x510; in eax, dx; mov ebx, eax; hlt
     rig.load(code)
 

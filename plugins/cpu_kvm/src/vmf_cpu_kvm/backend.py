@@ -10,7 +10,6 @@ from typing import Final
 from vmf.cpu.backend import Availability, CpuBackend, Vcpu, VcpuEnvironment
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable
-
 from vmf_cpu_kvm import cpuid, host, selftest
 from vmf_cpu_kvm.vcpu import KvmVcpu
 

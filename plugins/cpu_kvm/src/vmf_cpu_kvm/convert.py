@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from attrs import frozen
+
 from vmf.cpu.state import (
     AR_AVL,
     AR_DB,
@@ -37,7 +38,6 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import StateError
-
 from vmf_cpu_kvm import abi
 
 RFLAGS_IF: Final = 1 << 9

@@ -23,7 +23,6 @@ from vmf.cpuid.contract import with_tsc
 from vmf.cpuid.features import RUNTIME_FEATURES, features, features_of
 from vmf.cpuid.layout import assemble, xsave_components
 from vmf.cpuid.table import CpuidTable
-
 from vmf_cpu_kvm.convert import XsaveLayout
 
 _DROPPED: Final = features(

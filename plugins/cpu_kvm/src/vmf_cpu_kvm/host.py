@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from attrs import frozen
+
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
 from vmf.errors import BackendUnavailable
-
 from vmf_cpu_kvm import abi
 
 DEVICE: Final = "/dev/kvm"

@@ -28,7 +28,6 @@ from collections.abc import Callable
 from typing import Final
 
 from vmf.errors import BackendUnavailable, MachineError
-
 from vmf_cpu_kvm import abi
 
 _SYS_TIMER_CREATE: Final = 222  # x86-64

@@ -41,8 +41,8 @@ from vmf.cpu.state import (
 )
 from vmf.cpuid.compare import Difference
 from vmf.errors import BackendUnavailable, MachineError, StateError
-
 from vmf_cpu_kvm import abi, convert, cpuid, errors, msrs
+from vmf_cpu_kvm.dirtylog import PROTECT_FLAGS
 from vmf_cpu_kvm.host import HostKvm, get_cpuid, pack_cpuid
 from vmf_cpu_kvm.kick import Kicker
 
@@ -150,6 +150,8 @@ class KvmVcpu(Vcpu):
             abi.ioctl(self.vm, abi.SET_TSS_ADDR, _TSS_ADDRESS)
         if extensions[abi.CAP_SET_IDENTITY_MAP_ADDR]:
             abi.ioctl(self.vm, abi.SET_IDENTITY_MAP_ADDR, abi.buffer_of("<Q", _IDENTITY_MAP_ADDRESS))
+        if dirty_log and abi.check_extension(self.vm, abi.CAP_MANUAL_DIRTY_LOG_PROTECT2) & 3 == 3:
+            self._enable(self.vm, abi.CAP_MANUAL_DIRTY_LOG_PROTECT2, PROTECT_FLAGS)
         memory = self._environment.memory
         for slot, region in enumerate(memory.regions):
             flags = abi.MEM_LOG_DIRTY_PAGES if dirty_log else 0

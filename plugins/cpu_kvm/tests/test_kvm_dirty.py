@@ -1,0 +1,56 @@
+"""Dirty tracking of a KVM guest: the core's tracker and KVM's own log agree."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from vmf.cpu.backend import VcpuEnvironment
+from vmf.machine.bus import Bus
+from vmf.machine.memory import GuestMemory
+
+
+def touch(pages: list[int]) -> bytes:
+    """Code that increments a byte in each page, then halts."""
+    code = b"".join(b"\xfe\x04\x25" + struct.pack("<I", page * 4096 + 0x123) for page in pages)
+    return code + b"\xf4"
+
+
+def test_core_tracker_sees_what_kvm_logs(kvm: Any, kit: Any) -> None:
+    dirty_uffd = pytest.importorskip("vmf.machine.dirty_uffd")
+    from vmf_cpu_kvm.dirtylog import KvmDirtyLog
+
+    reason = dirty_uffd.uffd_unusable()
+    memory = GuestMemory(8 << 20)
+    pic = kit.ToyPic()
+    vcpu = kvm.create_logging_vcpu(VcpuEnvironment(memory, Bus(), pic, kvm.cpuid_capability(), kvm.tsc_khz()))
+    try:
+        rounds = [[600, 601, 700], [600], [], [1000, 1500, 2000, 2047]]
+        log = KvmDirtyLog(vcpu.vm, memory)
+        tracker = None if reason else dirty_uffd.UffdTracker(memory)
+        first = True
+        for pages in rounds:
+            kit.load_guest(memory, touch(pages))
+            if first:
+                log.collect()
+                if tracker is not None:
+                    tracker.start()
+            elif tracker is not None:
+                tracker.collect()
+            first = False
+            vcpu.restore(kit.entry_state(kvm.tsc_khz()))
+            assert vcpu.run(None).reason is kit.ExitReason.HALTED
+            logged = [page for page in log.collect().tolist() if page >= 256]
+            assert logged == pages
+            if tracker is not None:
+                seen = [page for a, b in tracker.collect().tolist() for page in range(a, b) if page >= 256]
+                assert seen == pages
+        if tracker is not None:
+            tracker.stop()
+    finally:
+        vcpu.close()
+        memory.close()
+    if reason:
+        pytest.skip(f"KVM's log is right; the core's userfaultfd tracker cannot work here: {reason}")
