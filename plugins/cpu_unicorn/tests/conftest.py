@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from vmf_cpu_unicorn import engine, gates
 from vmf_cpu_unicorn.selftest_guest import Bench
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from vmf_cpu_unicorn import engine, gates, selftest, thunks, tsc
 from vmf_cpu_unicorn.backend import UnicornBackend
 

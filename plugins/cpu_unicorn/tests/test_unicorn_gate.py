@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import attrs
 import pytest
+
 from vmf.cpu.backend import ExitReason
 from vmf.cpu.state import MSR_STAR, DescriptorTable, PendingEvents
 from vmf.errors import StateError

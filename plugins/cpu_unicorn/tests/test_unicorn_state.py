@@ -13,6 +13,7 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vmf.cpu.backend import ExitReason
 from vmf.cpu.state import (
     AR_PRESENT,

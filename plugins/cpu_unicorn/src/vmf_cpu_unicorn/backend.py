@@ -7,7 +7,6 @@ import threading
 from vmf.cpu.backend import Availability, CpuBackend, VcpuEnvironment
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, StateError, VmfError
-
 from vmf_cpu_unicorn import cpuid, engine, gates, tsc
 from vmf_cpu_unicorn.vcpu import ADDRESS_BITS, UnicornVcpu
 

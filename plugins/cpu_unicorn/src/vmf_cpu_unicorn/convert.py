@@ -19,6 +19,7 @@ import struct
 from collections.abc import Mapping
 
 from attrs import evolve, frozen
+
 from vmf.cpu.state import (
     AR_PRESENT,
     AR_UNUSABLE,
@@ -43,7 +44,6 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import StateError
-
 from vmf_cpu_unicorn import layout as at
 
 MSR_IA32_MISC_ENABLE = 0x1A0

@@ -6,7 +6,6 @@ import struct
 from typing import cast
 
 from vmf.cpuid.table import CpuidTable
-
 from vmf_cpu_unicorn import _gate
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import Engine

@@ -19,7 +19,6 @@ from ctypes import c_int, c_int32, c_uint, c_uint16, c_uint32, c_uint64, c_void_
 from typing import Any
 
 from vmf.cpuid.table import CpuidTable
-
 from vmf_cpu_unicorn import gates, thunks
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.convert import FLAG_DF, FLAG_FIXED, FLAG_IF, FLAGS_ARITHMETIC

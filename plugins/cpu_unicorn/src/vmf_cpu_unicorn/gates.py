@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from attrs import frozen
+
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable
-
 from vmf_cpu_unicorn.engine import Engine
 
 GATE_VARIABLE = "VMF_UNICORN_GATE"

@@ -17,7 +17,6 @@ import time
 from functools import lru_cache
 
 from vmf.errors import BackendUnavailable
-
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import REQUIRED_VERSION, Engine, Library
 

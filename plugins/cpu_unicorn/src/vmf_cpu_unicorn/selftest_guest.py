@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from attrs import evolve, frozen
+
 from vmf.cpu.backend import ExitReason, VcpuEnvironment, VmExit
 from vmf.cpu.state import (
     AR_DB,
@@ -29,7 +30,6 @@ from vmf.cpu.state import (
 )
 from vmf.machine.bus import Bus
 from vmf.machine.memory import GuestMemory
-
 from vmf_cpu_unicorn import cpuid, tsc
 from vmf_cpu_unicorn.engine import Library
 from vmf_cpu_unicorn.vcpu import ADDRESS_BITS, UnicornVcpu

@@ -20,7 +20,6 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import StateError
-
 from vmf_cpu_unicorn import convert, gates
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import (
