@@ -241,6 +241,7 @@ def test_hlt(bench: Bench) -> None:
     assert bench.execute(code("fb f4 90 f4"), bench.state()).reason is ExitReason.HALTED
     assert bench.vcpu.save().halted
     assert bench.vcpu.run(None).reason is ExitReason.HALTED, "nothing pending: still halted"
+    assert not bench.vcpu.halted_for_good()
     bench.interrupts.queue = [0x44]
     assert bench.vcpu.run(None).reason is ExitReason.HALTED
     assert [r.vector for r in bench.records()] == [0x44]
@@ -260,6 +261,7 @@ def test_hlt_with_interrupts_off_sleeps_on(bench: Bench) -> None:
     assert bench.execute(code("f4 90 f4")).reason is ExitReason.HALTED
     assert bench.interrupts.acknowledged == []
     assert bench.vcpu.save().rip == CODE + 1
+    assert bench.vcpu.halted_for_good()
 
 
 def test_mmio(bench: Bench) -> None:

@@ -9,7 +9,7 @@ from vmf.cpu.backend import ExitReason
 from vmf_cpu_unicorn import cpuid, engine
 from vmf_cpu_unicorn.selftest_guest import CODE, DATA, Bench
 
-# Feature: (instructions, registers before, what is expected after). RDI points to the bytes 00 01 ... 1f, whose halves
+# Feature: (instructions, registers before, what is expected after). RDI points to the bytes 00 to 1f, whose halves
 # are loaded into XMM0 and XMM1. Expected are registers, "xmm" for XMM0, "mem0" and "mem1" for words at RDI.
 _EXECUTED: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {
     "fpu": ("d9e8 d9e8 dec1 df3f 488b07", {}, {"rax": 2}),  # fld1; fld1; faddp; fistp qword [rdi]; mov rax,[rdi]

@@ -149,6 +149,9 @@ class UnicornVcpu(Vcpu):
             raise error  # KeyboardInterrupt and its like are not the guest's business
         return VmExit(ExitReason.ERROR, f"a device failed: {type(error).__name__}: {error}")
 
+    def halted_for_good(self) -> bool:
+        return not at.read_pointer(self._env + at.EFLAGS) & convert.FLAG_IF
+
     def kick(self) -> None:
         self._gate.kick()
 
