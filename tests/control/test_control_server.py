@@ -214,9 +214,9 @@ def test_answer_to_poweroff_leaves_before_the_end(home: Home, machine: Any) -> N
         ended.start()
         with ControlClient.of(home, "vm") as client:
             client.power_off()
+            ended.join(10)
             with pytest.raises(ControlError, match="ended the connection"):
                 client.info()
-        ended.join(10)
         assert not paths.control_socket.exists()
 
 
