@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+
 from vmf.cli.app import COMMANDS, cli
 
 TARGET = Path(__file__).parent / "reference" / "cli.md"

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from vmf.machine.home import Home
 
 ECHO_GUEST = bytes.fromhex(

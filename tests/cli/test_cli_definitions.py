@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import pytest
+
 from vmf.cli.app import COMMANDS, cli
 from vmf.machine.home import Home
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vmf.machine.home import Home
 
 COMMAND = [sys.executable, "-c", "from vmf.cli import main; main()"]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import attrs
+
 from vmf.control.server import METHODS
 from vmf.machine.config import MachineConfig, parse
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError
 from vmf.machine.config import MachineConfig
 from vmf.machine.home import Home, HomeError, ProcessRecord, write_atomically

@@ -10,6 +10,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vmf.errors import ConfigError
 from vmf.machine.config import (
     FORMAT_VERSION,

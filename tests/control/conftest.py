@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vmf.control.client import ControlClient
 from vmf.control.console import ConsoleServer
 from vmf.control.server import ControlServer

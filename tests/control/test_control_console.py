@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vmf.control import sockets
 from vmf.control.attach import AttachEnd, attach, connect
 from vmf.control.console import CLIENT_BACKLOG, SCROLLBACK, ConsoleServer

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vmf.control import rpc, sockets
 from vmf.control.client import ControlClient
 from vmf.control.server import MAX_QUEUED, ControlServer

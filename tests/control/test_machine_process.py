@@ -13,6 +13,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+
 from vmf.control.client import ControlClient
 from vmf.control.process import spawn_detached
 from vmf.errors import ImageError, InvalidStateError, NotFoundError, PluginError

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
+
 from vmf.device.base import DeviceEnvironment
 from vmf.errors import BackendUnavailable, PluginError
 from vmf.plugins import GROUPS, discovery, hookspecs, list_plugins
