@@ -132,7 +132,7 @@ def test_unknown_host(host: str) -> None:
 
 
 def test_slow_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *a, **k: time.sleep(1))
+    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *a, **k: time.sleep(1) or [])
     with pytest.raises(TransportTimeout) as caught:
         TcpTransport().connect(at("slow.example", 6000), 0.1)
     complaint(caught.value, "slow.example", "0.1 s")
