@@ -39,8 +39,8 @@ def main() -> int:
     config = vmf.MachineConfig(
         name="debian",
         memory_mib=options.memory,
-        kernel=str(guest.kernel),
-        initrd=str(guest.initrd),
+        kernel=guest.kernel,
+        initrd=guest.initrd,
         cmdline=f"{guest.cmdline} {options.cmdline}",
         cpu_backend=options.backend,
     )
