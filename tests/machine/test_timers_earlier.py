@@ -44,6 +44,9 @@ class ArmingVcpu(Vcpu):
         self._kicked.clear()
         return VmExit(ExitReason.KICKED)
 
+    def halted_for_good(self) -> bool:
+        return False
+
     def kick(self) -> None:
         self._kicked.set()
 
