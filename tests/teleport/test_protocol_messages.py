@@ -52,6 +52,8 @@ SAMPLES: dict[str, m.Message] = {
     "pong": m.Pong(1 << 63, 7),
     "cancel": m.Cancel("cancelled at the target"),
     "error": m.Error("state", "the clock is odd.", "Set it."),
+    "inquire": m.Inquire(),
+    "capabilities": m.Capabilities("box", "kvm", ((0, 0, 1, 2, 3, 4), (7, 1, 0, 0, 0, 0xFFFFFFFF)), 2_000_000, True),
 }  # fmt: skip
 
 

@@ -7,12 +7,15 @@ the work is done.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from vmf.device.base import Payload
 from vmf.machine.dirty import DirtyTracker
 from vmf.machine.memory import GuestMemory
 from vmf.teleport.check import Blocker
+
+if TYPE_CHECKING:
+    from vmf.cpuid.negotiate import Capability
 
 
 class TeleportableMachine(Protocol):
@@ -71,6 +74,14 @@ class ListsPayloads(Protocol):
 
     def payload_kinds(self) -> Sequence[tuple[str, int, int]]:
         """(kind, version, instance) of every payload."""
+
+
+@runtime_checkable
+class StatesCapability(Protocol):
+    """Optional: a waiting machine that says what its CPU backend can present, to whoever asks before a start."""
+
+    def cpuid_capability(self) -> Capability:
+        """What its backend can present; the name is the backend's."""
 
 
 def payload_kinds(machine: object) -> tuple[tuple[str, int, int], ...]:

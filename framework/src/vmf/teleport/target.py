@@ -35,7 +35,7 @@ from vmf.teleport.protocol import Connection, Phase, Role, SourceOutcome
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.states import TARGET_RUNS
 from vmf.teleport.ram import RamReceiver
-from vmf.teleport.seam import TeleportableMachine, payload_kinds
+from vmf.teleport.seam import StatesCapability, TeleportableMachine, payload_kinds
 from vmf.teleport.source import software
 from vmf.transport.base import Channel, Listener
 
@@ -308,7 +308,12 @@ class _Session:
         try:
             hello = self._shake_hands()
             self._report.phase(Phase.OFFER, teleport_id=hello.teleport_id.hex())
-            offer = self._expect(m.Offer)
+            offer = self._receive()
+            if isinstance(offer, m.Inquire):
+                self._answer()
+                return None
+            if not isinstance(offer, m.Offer):
+                raise RemoteProtocolError(f"the source sent {offer.word()} where OFFER was due.")
         finally:
             watchdog.cancel()
         threading.Thread(target=self._keep_alive, name="vmf-teleport-alive", daemon=True).start()
@@ -351,7 +356,8 @@ class _Session:
             )
             error.code = "version"
             raise error
-        features = tuple(feature for feature in m.FEATURES if feature in hello.features)
+        own = m.FEATURES if isinstance(self._machine, StatesCapability) else ()
+        features = tuple(feature for feature in own if feature in hello.features)
         self._link.send(m.Welcome(hello.teleport_id, max(common), features, ("none",), software()))
         proof = self._expect(m.Authenticate)
         if proof.method != "none":
@@ -360,6 +366,22 @@ class _Session:
             raise error
         self._link.send(m.Authenticated(b""))
         return hello
+
+    def _answer(self) -> None:
+        """Say what this machine's CPU backend can present. Nothing of the machine is touched."""
+        assert isinstance(self._machine, StatesCapability)  # else WELCOME did not name the feature
+        own = self._machine.cpuid_capability()
+        self._link.send(
+            m.Capabilities(
+                machine=m.clean_text(self._machine.name, 255),
+                backend=m.clean_text(own.name, 64),
+                cpuid=tuple(tuple(row) for row in own.table.to_wire()),
+                tsc_khz=own.tsc_khz,
+                tsc_scaling=own.tsc_scaling,
+            )
+        )
+        self._expect(m.Bye)
+        self._link.finish(said=False)
 
     def _check(self, offer: m.Offer) -> list[Blocker]:
         """Everything that speaks against this machine."""

@@ -52,6 +52,7 @@ class Connection:
         self._buffer = bytearray()
         self._header: frames.Header | None = None
         self._ram_pages: int | None = None
+        self._features: frozenset[str] = frozenset()
         self._broken: RemoteProtocolError | None = None
 
     @property
@@ -121,14 +122,20 @@ class Connection:
         """The phase to which a received message leads."""
         kind = m.BY_TYPE[type_]
         to = TABLE.get((self.phase, self.role.other, kind))
-        if to is None:
+        if to is None or not self._exists(kind):
             raise RemoteProtocolError(
                 f"the {self.role.other.value} sent {kind.word()} in phase {self.phase.name}, where it is not allowed."
             )
         return to
 
+    def _exists(self, kind: type[m.Message]) -> bool:
+        """Whether the message is one of version 1, or of a feature that WELCOME named."""
+        return not kind.FEATURE or kind.FEATURE in self._features
+
     def _check_context(self, message: m.Message) -> None:
-        if isinstance(message, m.Offer):
+        if isinstance(message, m.Welcome):
+            self._features = frozenset(message.features)
+        elif isinstance(message, m.Offer):
             self._ram_pages = message.ram_pages
         elif isinstance(message, m.Pages | m.Zeros) and last_page(message.runs) > (self._ram_pages or 0):
             raise RemoteProtocolError("the source sent pages beyond the RAM that it offered.")
@@ -150,7 +157,7 @@ class Connection:
 
     def can_send(self, kind: type[m.Message]) -> bool:
         """Whether `send` of such a message is legal now."""
-        return not self.bulk_owed and (self.phase, self.role, kind) in TABLE
+        return not self.bulk_owed and (self.phase, self.role, kind) in TABLE and self._exists(kind)
 
     def send(self, message: m.Message) -> bytes:
         """The bytes of a message; the phase moves at once, before they are on the wire."""
@@ -158,9 +165,13 @@ class Connection:
         to = TABLE.get((self.phase, self.role, kind))
         if to is None:
             raise LocalProtocolError(f"the {self.role.value} cannot send {kind.word()} in phase {self.phase.name}.")
+        if not self._exists(kind):
+            raise LocalProtocolError(f"cannot send {kind.word()}: the target has no feature {kind.FEATURE}.")
         if self.bulk_owed:
             raise LocalProtocolError(f"cannot send {kind.word()}: {self.bulk_owed} bytes of pages were not sent yet.")
-        if isinstance(message, m.Offer):
+        if isinstance(message, m.Welcome):
+            self._features = frozenset(message.features)
+        elif isinstance(message, m.Offer):
             self._ram_pages = message.ram_pages
         data = m.encode(message)
         self.phase = to

@@ -24,13 +24,16 @@ from vmf.teleport.protocol.runs import MAX_PAGES, MAX_RAM_PAGES, MAX_RUNS, RUN_S
 
 PROTOCOL_VERSIONS = (1,)
 """What this program speaks, best first."""
-FEATURES: tuple[str, ...] = ()
-"""Optional behaviour this program knows; none in version 1."""
+CAPABILITIES = "capabilities"
+"""Feature: instead of offering a machine the source may ask what the target's CPU backend can present (INQUIRE)."""
+FEATURES: tuple[str, ...] = (CAPABILITIES,)
+"""Optional behaviour this program knows."""
 PAGE_SIZE = 4096
 ID_SIZE = 16
 MAX_TEXT = 1000
 MAX_BLOCKERS = 256
 MAX_PAYLOADS = 256
+MAX_CPUID_ROWS = 512
 
 _KIB = 1 << 10
 Parse = Callable[[Any], Any]
@@ -112,6 +115,10 @@ def _parse_kind(value: Any) -> tuple[str, int, int]:
     return _text(100)(kind), _number(16)(version), _number(16)(instance)
 
 
+def _parse_cpuid_row(value: Any) -> tuple[int, ...]:
+    return tuple(_number(32)(item) for item in _fixed(value, 6))
+
+
 def _plain(value: Any) -> Any:
     return value
 
@@ -132,6 +139,10 @@ def _format_kinds(value: Any) -> Any:
     return [list(kind) for kind in value]
 
 
+def _format_rows(value: Any) -> Any:
+    return [list(row) for row in value]
+
+
 def wire(parse: Parse, format_: Parse = _plain) -> Any:
     """A field that crosses the wire."""
     return field(metadata={"parse": parse, "format": format_})
@@ -144,6 +155,8 @@ class Message:
     TYPE: ClassVar[int]
     LIMIT: ClassVar[int] = 1 * _KIB
     """Longest body, bytes."""
+    FEATURE: ClassVar[str] = ""
+    """The feature without which the message does not exist, "" for those of version 1."""
 
     @classmethod
     def word(cls) -> str:
@@ -375,9 +388,33 @@ class Error(Message):
     remedy: str = wire(_text())
 
 
+@frozen
+class Inquire(Message):
+    """Source, with the feature `capabilities`: no machine, just a question: what can your CPU backend present?"""
+
+    TYPE = 24
+    FEATURE = CAPABILITIES
+
+
+@frozen
+class Capabilities(Message):
+    """Target: what its backend can present. `cpuid` has rows of leaf, subleaf, EAX, EBX, ECX and EDX, ascending;
+    `tsc_khz` is the rate of its TSC (0: unknown), `tsc_scaling` whether it can give a guest any rate."""
+
+    TYPE = 25
+    FEATURE = CAPABILITIES
+    LIMIT = 64 * _KIB
+    machine: str = wire(_text(255))
+    backend: str = wire(_text(64))
+    cpuid: tuple[tuple[int, ...], ...] = wire(_many(_parse_cpuid_row, MAX_CPUID_ROWS), _format_rows)
+    tsc_khz: int = wire(_number(32))
+    tsc_scaling: bool = wire(_flag)
+
+
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Authenticate, Challenge, Authenticated, Offer, Checked, Begin, Bye, Pages, Zeros, RoundEnd,
     RoundAck, Paused, State, Ready, Handover, Running, Done, Ping, Pong, Cancel, Error,
+    Inquire, Capabilities,
 )  # fmt: skip
 BY_TYPE = {message.TYPE: message for message in MESSAGES}
 LIMITS = {message.TYPE: message.LIMIT for message in MESSAGES}

@@ -5,6 +5,9 @@ cut, the peer died, fell silent or sent rubbish, or this side gave up without be
 CANCEL, ERROR, PING and PONG the conversation is half-duplex: in every phase it is known whose turn it is, so the
 phases of both sides never differ by more than the messages that are under way.
 
+A message that belongs to a feature is in the table like any other; `Connection` lets it pass only when WELCOME named
+the feature.
+
 Who runs follows from the phase alone (`SOURCE_OUTCOME`, `TARGET_RUNS`):
 
 - The source may run the machine until it has *sent* HANDOVER, in whatever way the session ends before that.
@@ -40,6 +43,8 @@ class Phase(enum.Enum):
     AUTHENTICATE = "authenticate"
     AUTHENTICATING = "authenticating"
     OFFER = "offer"
+    INQUIRE = "inquire"
+    INQUIRED = "inquired"
     CHECK = "check"
     CHECKED = "checked"
     PRECOPY = "precopy"
@@ -76,6 +81,9 @@ _CONVERSATION: tuple[tuple[Phase, Role, type[m.Message], Phase], ...] = (
     (P.AUTHENTICATE,   SOURCE, m.Authenticate,  P.AUTHENTICATING),
     (P.AUTHENTICATING, TARGET, m.Challenge,     P.AUTHENTICATE),
     (P.AUTHENTICATING, TARGET, m.Authenticated, P.OFFER),
+    (P.OFFER,          SOURCE, m.Inquire,       P.INQUIRE),
+    (P.INQUIRE,        TARGET, m.Capabilities,  P.INQUIRED),
+    (P.INQUIRED,       SOURCE, m.Bye,           P.CHECK_DONE),
     (P.OFFER,          SOURCE, m.Offer,         P.CHECK),
     (P.CHECK,          TARGET, m.Checked,       P.CHECKED),
     (P.CHECKED,        SOURCE, m.Bye,           P.CHECK_DONE),
@@ -95,8 +103,8 @@ _CONVERSATION: tuple[tuple[Phase, Role, type[m.Message], Phase], ...] = (
 )  # fmt: skip
 
 BEFORE_READY = (
-    P.HELLO, P.WELCOME, P.AUTHENTICATE, P.AUTHENTICATING, P.OFFER, P.CHECK, P.CHECKED, P.PRECOPY, P.ROUND, P.PAUSE,
-    P.RESTORE,
+    P.HELLO, P.WELCOME, P.AUTHENTICATE, P.AUTHENTICATING, P.OFFER, P.INQUIRE, P.INQUIRED, P.CHECK, P.CHECKED,
+    P.PRECOPY, P.ROUND, P.PAUSE, P.RESTORE,
 )  # fmt: skip
 """Both sides may end the session with CANCEL or ERROR."""
 TALKING = (
