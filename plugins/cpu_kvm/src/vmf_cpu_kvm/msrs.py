@@ -44,7 +44,7 @@ UNLISTED: Final = (*REQUIRED_MSRS, MSR_TSC_AUX, MSR_SPEC_CTRL, MSR_XSS, MSR_TSC_
 _OWN_FIELD: Final = {MSR_IA32_TSC, MSR_EFER, MSR_FS_BASE, MSR_GS_BASE, MSR_APIC_BASE}
 _PARAVIRTUAL: Final = {0x11, 0x12, *range(0x4B564D00, 0x4B564E00), *range(0x40000000, 0x40000200)}
 """KVM's and Hyper-V's own: no machine shows their CPUID leaves."""
-_CONSTANTS: Final = {0x8B, 0xCE, 0xFE, 0x10A, 0x179, 0x345, *range(0x480, 0x4A0), 0xC001001F, 0xC0011029}
+_CONSTANTS: Final = {0x8B, 0xCE, 0xFE, 0x10A, 0x179, 0x345, *range(0x480, 0x4A0), 0xC001001F, 0xC0011029, 0xC0000104}
 """What an engine is, not what the guest did: microcode revision, platform info, capabilities. The guest is not shown
 the CPUID features that send it there."""
 _COUNTERS: Final = {
@@ -82,8 +82,10 @@ def describe(index: int) -> str:
     return f"MSR {index:#x} ({name})" if name else f"MSR {index:#x}"
 
 
-def reset_value(index: int) -> int:
-    return RESET_VALUES.get(index, 0)
+def reset_value(index: int, fresh: int = 0) -> int:
+    """What an MSR holds that no state lists: for those known here the same on every host, otherwise what KVM gave it
+    in a new vCPU (`fresh`), which is a constant of the engine more often than not."""
+    return RESET_VALUES.get(index, 0) if index in UNLISTED else fresh
 
 
 def candidates(listed: Iterable[int]) -> list[int]:

@@ -245,6 +245,7 @@ class KvmVcpu(Vcpu):
         self._msr_list = tuple(present)
         self._msr_buffer = _msr_buffer(dict.fromkeys(present, 0))
         self._msr_format = struct.Struct("<" + "8xQ" * len(present))
+        self._msr_reset = {index: msrs.reset_value(index, fresh) for index, fresh in self._read_msrs().items()}
 
     # -- running
 
@@ -281,7 +282,7 @@ class KvmVcpu(Vcpu):
 
                 if ioctl(fd, abi.RUN, None) < 0:
                     code = ctypes.get_errno()
-                    if code not in (errno.EINTR, errno.EAGAIN):
+                    if code != errno.EINTR:
                         return self._error(f"KVM_RUN: {os.strerror(code)} ({errno.errorcode.get(code, code)})")
                     if run[abi.RUN_IMMEDIATE_EXIT]:
                         return self._kick_taken()
@@ -389,7 +390,7 @@ class KvmVcpu(Vcpu):
             try:
                 if abi.raw_ioctl(self._fd, abi.RUN, None) < 0:
                     code = ctypes.get_errno()
-                    if code not in (errno.EINTR, errno.EAGAIN):
+                    if code != errno.EINTR:
                         raise MachineError(f"KVM_RUN: {os.strerror(code)}.")
                     return
             finally:
@@ -433,7 +434,7 @@ class KvmVcpu(Vcpu):
             msrs={
                 index: value
                 for index, value in current.items()
-                if index in REQUIRED_MSRS or value != msrs.reset_value(index)
+                if index in REQUIRED_MSRS or value != self._msr_reset[index]
             },
             xsave=convert.neutral_xsave(self._xsave.raw, xcr0, self._layout),
             events=events,
@@ -528,13 +529,14 @@ class KvmVcpu(Vcpu):
     def _write_msrs(self, wanted: Mapping[int, int]) -> None:
         """Set what differs: some MSRs read as a constant and refuse every write."""
         current = self._read_msrs()
+        resets = self._msr_reset
         for index, value in wanted.items():
             if index not in current and value != msrs.reset_value(index):
                 raise StateError(f"vCPU state: this vCPU has no {msrs.describe(index)}, which holds {value:#x}.")
         changes = {
             index: target
             for index, value in current.items()
-            if (target := wanted.get(index, msrs.reset_value(index))) != value
+            if (target := wanted.get(index, resets[index])) != value
         }
         if not changes:
             return
@@ -542,6 +544,12 @@ class KvmVcpu(Vcpu):
         if done != len(changes):
             index = list(changes)[done]
             raise StateError(f"vCPU state: KVM does not take {msrs.describe(index)} = {changes[index]:#x}.")
+        kept = self._read_msrs()
+        for index, value in changes.items():
+            if kept[index] != value:  # AMD's SYSENTER MSRs, for one, have 32 bits
+                raise StateError(
+                    f"vCPU state: KVM keeps {kept[index]:#x} of {msrs.describe(index)} = {value:#x} for this CPU."
+                )
 
     # -- TSC
 
