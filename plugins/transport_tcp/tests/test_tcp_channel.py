@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vmf_transport_tcp.channel as channel_module
+import vmf.transport.sockets as channel_module
 import vmf_transport_tcp.vectors as vectors
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
 from vmf.transport.base import Address

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import vmf.transport.sockets as module
 import vmf_transport_tcp.plugin as plugin
-import vmf_transport_tcp.transport as module
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
 from vmf.transport.base import Address
 from vmf_transport_tcp.transport import TcpTransport
@@ -99,10 +99,10 @@ def test_privileged_port(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0 or int(limit.read_text()) <= 81:
         # this user may: let the kernel's answer for one who may not be made up
 
-        def refuse(self: TcpTransport, *rest: object, **named: object) -> None:
+        def refuse(*rest: object, **named: object) -> None:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-        monkeypatch.setattr(TcpTransport, "_listen_at", refuse)
+        monkeypatch.setattr(module, "_listen_at", refuse)
     with pytest.raises(TransportError) as caught:
         TcpTransport().listen(at("127.0.0.1", 81))
     complaint(caught.value, "port 81", "privileged")
@@ -182,7 +182,7 @@ def test_other_refusals(monkeypatch: pytest.MonkeyPatch, number: int, words: str
     def refuse(*rest: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(TcpTransport, "_connect_to", staticmethod(refuse))
+    monkeypatch.setattr(module, "_connect_to", refuse)
     with pytest.raises(TransportError) as caught:
         TcpTransport().connect(at("127.0.0.1", 6000), 1)
     complaint(caught.value, words, "tcp:127.0.0.1:6000")
