@@ -85,6 +85,20 @@ class StateError(VmfError):
     code = "state"
 
 
+class ContractOverridden(StateError):
+    """A CPU backend presents another CPUID than the machine's contract; the message names every difference.
+
+    Attributes:
+        differences: what differs (`vmf.cpuid.compare.Difference`).
+    """
+
+    code = "contract-overridden"
+
+    def __init__(self, message: str, remedy: str = "", differences: tuple[Any, ...] = ()) -> None:
+        super().__init__(message, remedy)
+        self.differences = differences
+
+
 class TransportError(VmfError):
     """A channel could not be opened, or broke."""
 
@@ -101,6 +115,12 @@ class TransportClosed(TransportError):
     """The other side closed the channel."""
 
     code = "transport-closed"
+
+
+class TransportRefused(TransportError):
+    """One side turned the other away: no certificate, the wrong one, or not allowed. A listener goes on listening."""
+
+    code = "transport-refused"
 
 
 class TeleportError(VmfError):

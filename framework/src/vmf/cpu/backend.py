@@ -1,7 +1,8 @@
 """What a CPU backend plugin implements.
 
 Ownership: one thread per vCPU owns everything about it. `Vcpu.run`, `save`, `restore` and all device and interrupt
-code are called on that thread only; `kick` may be called from any thread at any time.
+code are called on that thread only; `kick` may be called from any thread at any time. A vCPU may be made on another
+thread (while the machine's present one still runs), and is then the vCPU thread's.
 
 Time: the TSC the guest reads is `host time based` while the vCPU exists; the core reads and writes it with
 `read_tsc`/`write_tsc` around pauses so that guest time does what the machine says (see `vmf.machine.clock`).
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from vmf.cpu.state import RFLAGS_IF, VcpuState
+from vmf.errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    from vmf.cpu.trace import TraceSink
     from vmf.cpuid.table import CpuidTable
     from vmf.device.interrupts import InterruptController
     from vmf.machine.bus import Bus
@@ -111,6 +114,12 @@ class Vcpu(ABC):
     def restore(self, state: VcpuState) -> None:
         """Take over a state. Raises StateError, naming the field, when this backend cannot hold it."""
 
+    def read_cpuid(self) -> CpuidTable | None:
+        """What the guest really gets from the CPUID instruction, read back from the engine; None where the engine
+        cannot tell. The core compares it with the contract and refuses to run a guest that would see anything else.
+        Bits that follow the guest's state (OSXSAVE, OSPKE, sizes by XCR0) may be as they are."""
+        return None
+
     @abstractmethod
     def read_tsc(self) -> int:
         """The guest's TSC now."""
@@ -156,6 +165,20 @@ class CpuBackend(ABC):
     @abstractmethod
     def create_vcpu(self, environment: VcpuEnvironment) -> Vcpu:
         """Make the vCPU of a machine, in its reset state. Raises BackendUnavailable or StateError."""
+
+    can_trace: bool = False
+    """Whether `create_tracing_vcpu` works."""
+
+    def create_tracing_vcpu(self, environment: VcpuEnvironment, sink: TraceSink) -> Vcpu:
+        """Optional: like `create_vcpu`, but every instruction and event is recorded and handed to `sink`.
+
+        The vCPU must behave to the guest as any other of this backend, only slower: interrupts are delivered, time
+        goes on. It hands over records in batches of bounded size, the last ones before `run` returns; an instruction
+        is recorded exactly once for each time it is begun. Raises BackendUnavailable, as the default does.
+        """
+        raise BackendUnavailable(
+            f"The CPU backend '{self.name}' cannot trace instructions.", "Use one that can: unicorn."
+        )
 
 
 BackendFactory = Callable[[], CpuBackend]

@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_MEMORY_MIB = 1 << 20
 MAX_FILE_BYTES = 1 << 20
+AUTO_LEVEL = "auto"
+"""`cpuid.portability_level` that is negotiated with the peers."""
 
 
 @frozen
@@ -224,6 +226,65 @@ def _address(value: Any) -> None:
             ) from None
 
 
+def _cpuid_level(value: Any) -> None:
+    if type(value) is not int and not isinstance(value, str):
+        raise _Bad(f"is {_kind(value)}, neither a level nor a name", "Give 0 to 4, the name of a profile, or auto.")
+    if value == AUTO_LEVEL:
+        return
+    from vmf.cpuid.features import CpuidError
+    from vmf.cpuid.levels import parse_level
+
+    try:
+        parse_level(value)
+    except CpuidError as error:
+        raise _Bad("is no portability level", error.remedy) from None
+
+
+def _cpu_features(value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of CPU features, like ["aes"].')
+    for name in value:
+        _text(64)(name)
+    if not value:
+        return  # what follows needs the tables of all features
+    from vmf.cpuid.features import CpuidError, feature
+
+    for name in value:
+        try:
+            feature(name)
+        except CpuidError as error:
+            raise _Bad(f"names no CPU feature with {_show(name)}", error.remedy) from None
+
+
+def _peers(value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of hosts, like ["otherhost:6000"].')
+    if len(value) > 64:
+        raise _Bad("has more than 64 entries", "Name only hosts that the machine is to teleport to.")
+    for peer in value:
+        _text(300)(peer)
+        host, port = split_peer(peer)
+        _address(host)
+        if not 1 <= port <= 65535:
+            raise _Bad(f"has no TCP port in {_show(peer)}", "Write HOST:PORT, with the port on which it waits.")
+
+
+def split_peer(text: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`; an IPv6 address stands in brackets. Port 0 stands for none, or a wrong one."""
+    host, colon, port = text.rpartition(":")
+    if not colon or (":" in host and not (host.startswith("[") and host.endswith("]"))):
+        return text, 0
+    number = int(port) if re.fullmatch(r"[0-9]{1,5}", port) else 0
+    return host.removeprefix("[").removesuffix("]"), number
+
+
+def _level_text(level: Any) -> Any:
+    """Levels are texts in memory and on disk; a file may have the number."""
+    if type(level) is int:
+        return str(level)
+    return level.strip().lower() if isinstance(level, str) else level
+
+
 def _absolute(path: Any) -> Any:
     return Path(os.path.abspath(path)) if isinstance(path, str | Path) and str(path) else path
 
@@ -253,6 +314,23 @@ class TeleporterConfig:
 
 
 @frozen
+class CpuidConfig:
+    """Section `cpuid`: what the guest sees of its CPU, see docs/reference/cpuid-levels.md.
+
+    Attributes:
+        portability_level: "0" to "4", the name of a level or profile, or "auto": the one all peers have in common.
+        set, remove: CPU features, on top of the level.
+        peers: HOST:PORT of machines that wait for a teleport. They are asked at every start, and the guest sees
+            nothing that one of them cannot present.
+    """
+
+    portability_level: str = _setting(_cpuid_level, default="0", converter=_level_text)
+    set: tuple[str, ...] = _setting(_cpu_features, default=(), converter=_frozen_list)
+    remove: tuple[str, ...] = _setting(_cpu_features, default=(), converter=_frozen_list)
+    peers: tuple[str, ...] = _setting(_peers, default=(), converter=_frozen_list)
+
+
+@frozen
 class MachineConfig:
     """One machine's definition. Making one checks it; ConfigErrors lists everything that is wrong.
 
@@ -268,6 +346,7 @@ class MachineConfig:
         devices: device plugins in the order in which they are made, interrupt controller first.
         device_options: by device plugin, its own settings.
         teleporter: waiting for a teleport.
+        cpuid: what the guest sees of its CPU.
     """
 
     name: str = _setting(_name)
@@ -282,6 +361,7 @@ class MachineConfig:
     devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=_frozen_list)
     device_options: Mapping[str, Mapping[str, Any]] = _setting(_device_options, factory=dict)
     teleporter: TeleporterConfig = _section(TeleporterConfig)
+    cpuid: CpuidConfig = _section(CpuidConfig)
 
     def __attrs_post_init__(self) -> None:
         problems = _problems_of(self) + _conflicts(attrs.asdict(self, recurse=False))
@@ -333,6 +413,25 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
         for name in values.get("device_options", {})
         if isinstance(devices, list | tuple) and name not in devices
     ]
+    found += _cpuid_conflicts(values.get("cpuid", {}))
+    return found
+
+
+def _cpuid_conflicts(section: Any) -> list[Problem]:
+    values: Mapping[str, Any] = section if isinstance(section, Mapping) else attrs.asdict(section)
+    found = []
+    if values.get("portability_level") == AUTO_LEVEL and not values.get("peers"):
+        remedy = "Name hosts to ask with --teleport-peer HOST:PORT (key cpuid.peers), or choose a level from 0 to 4."
+        found.append(Problem("cpuid.portability_level", f'"{AUTO_LEVEL}"', "has nobody to negotiate with", remedy))
+    if values.get("set") and values.get("remove"):
+        from vmf.cpuid.features import feature
+
+        unwanted = {feature(name): name for name in values["remove"]}
+        found += [
+            Problem("cpuid.set", _show(name), "is in cpuid.remove, too", "Take it out of one of them.")
+            for name in values["set"]
+            if feature(name) in unwanted
+        ]
     return found
 
 

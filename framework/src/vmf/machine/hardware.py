@@ -15,10 +15,11 @@ import numpy as np
 from vmf.cpu import codec
 from vmf.cpu.backend import CpuBackend, Vcpu, VcpuEnvironment, VmExit
 from vmf.cpu.state import VcpuState
+from vmf.cpuid.compare import diff
 from vmf.cpuid.table import CpuidTable
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import InterruptController, IrqLine
-from vmf.errors import ConfigError, StateError
+from vmf.errors import ConfigError, ContractOverridden, StateError
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
 from vmf.machine.console import SerialConsole
@@ -53,6 +54,7 @@ class Hardware:
         request_reset: Callable[[], None],
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        self.name = name
         self.backend = backend
         self.memory = GuestMemory(memory_mib * MIB)
         self.bus = Bus()
@@ -121,11 +123,32 @@ class Hardware:
             environment = VcpuEnvironment(
                 memory=self.memory, bus=self.bus, interrupts=self._controller, cpuid=cpuid, tsc_khz=tsc_khz
             )
-            self._vcpu = self.backend.create_vcpu(environment)
+            vcpu = self.backend.create_vcpu(environment)
+            try:
+                self._verify(vcpu, cpuid)
+            except BaseException:
+                vcpu.close()
+                raise
+            self._vcpu = vcpu
             self.cpuid, self.tsc_khz = cpuid, tsc_khz
             self.thread.attach(self._vcpu)
 
         self.thread.call(plug)
+
+    def _verify(self, vcpu: Vcpu, contract: CpuidTable) -> None:
+        """Raise ContractOverridden unless the engine presents the contract, as far as it can tell."""
+        presented = vcpu.read_cpuid()
+        if presented is None:
+            return
+        differences = diff(contract, presented, machine=self.name)
+        if differences:
+            reasons = "; ".join(f"{each.field} {each.contract}, presented {each.capability}" for each in differences)
+            raise ContractOverridden(
+                f"the CPU backend {self.backend.name} does not present the CPUID contract of machine {self.name}:"
+                f" {reasons}.",
+                differences[0].remedy,
+                tuple(differences),
+            )
 
     @property
     def vcpu(self) -> Vcpu:

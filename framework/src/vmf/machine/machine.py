@@ -21,8 +21,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vmf.cpu.backend import CpuBackend, ExitReason, VmExit
-from vmf.cpuid.contract import make_contract
-from vmf.cpuid.negotiate import negotiate
 from vmf.errors import (
     ImageError,
     InvalidStateError,
@@ -33,6 +31,7 @@ from vmf.errors import (
 from vmf.machine import boot
 from vmf.machine.config import MachineConfig
 from vmf.machine.console import SerialConsole
+from vmf.machine.contract import ContractOrigin, Decision, decide, describe_contract
 from vmf.machine.hardware import Hardware
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
@@ -42,11 +41,13 @@ from vmf.transport.base import Address, Listener
 
 if TYPE_CHECKING:
     from vmf.cpu.state import VcpuState
-    from vmf.cpuid.table import CpuidTable
+    from vmf.teleport.check import Blocker
     from vmf.teleport.progress import ProgressEvent, TeleportSummary
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to reach a teleport target."""
+CHECK_TIMEOUT = 30.0
+"""Seconds for the answer to a check."""
 
 _S = MachineState
 StateListener = Callable[[MachineState, MachineState], None]
@@ -72,6 +73,8 @@ class Machine:
         self.summary: TeleportSummary | None = None
         self.backend_choice = ""
         """What `--cpu-backend auto` chose and why, for people; "" when the user chose."""
+        self.contract_origin: ContractOrigin | None = None
+        """How the CPUID contract in force (`hardware.cpuid`) came about; None before there is one."""
         self._state = _S.POWERED_OFF
         self._hardware: Hardware | None = None
         self._lock = threading.RLock()
@@ -131,6 +134,8 @@ class Machine:
                 "tsc_khz": hardware.tsc_khz,
                 "devices": [kind for kind, _ in hardware.device_keys()],
             }
+            if self.contract_origin is not None:
+                answer["cpuid"] = describe_contract(hardware.cpuid, self.contract_origin)
         if self._listener is not None:
             answer["teleporter_address"] = str(self._listener.address)
         return answer
@@ -202,8 +207,9 @@ class Machine:
             self._powering_off = False
             try:
                 hardware = self._assemble()
-                contract = self._contract(hardware.backend)
-                hardware.plug_vcpu(contract, hardware.backend.tsc_khz())
+                decision = self._contract(hardware.backend)
+                hardware.plug_vcpu(decision.table, decision.tsc_khz)
+                self.contract_origin = decision.origin
                 hardware.power_on(self._load)
                 if not paused:
                     hardware.run()
@@ -243,11 +249,9 @@ class Machine:
             self.backend_choice = "; ".join([f"{backend.name} chosen", *refused])
         return backend
 
-    def _contract(self, backend: CpuBackend) -> CpuidTable:
-        contract = make_contract(backend.cpuid_capability(), tsc_khz=backend.tsc_khz())
-        for restricted in self.registry.hooks.cpuid_policy(self.name, contract):
-            contract = negotiate([contract, restricted]).table
-        return contract
+    def _contract(self, backend: CpuBackend) -> Decision:
+        """What the guest will see, and how that was decided; asks the teleport peers."""
+        return decide(self.config, backend, self.registry)
 
     def _load(self, memory: GuestMemory) -> VcpuState:
         config = self.config
@@ -367,7 +371,7 @@ class Machine:
             self.set_state(_S.POWERED_OFF)
 
     def _scrap(self) -> None:
-        hardware, self._hardware = self._hardware, None
+        hardware, self._hardware, self.contract_origin = self._hardware, None, None
         if hardware is not None:
             hardware.close()
 
@@ -438,6 +442,30 @@ class Machine:
         finally:
             self._teleport_cancel = None
             self._teleport_done.set()
+
+    def check_teleport(
+        self, host: str, port: int, *, transport: str = "tcp", options: Mapping[str, Any] | None = None
+    ) -> tuple[Blocker, ...]:
+        """Run every check of a teleport against the machine that waits there, and move nothing.
+
+        Both machines go on undisturbed. Returns everything that speaks against the teleport; () when it can go.
+        Raises InvalidStateError unless this machine runs or is paused, TransportError or TeleportError when the
+        check itself did not happen (nobody waits there, say).
+        """
+        from vmf.errors import TeleportBlocked
+        from vmf.teleport.source import SourceOptions, teleport_source
+
+        if self._state not in (_S.RUNNING, _S.PAUSED):
+            raise self._illegal("checked for a teleport", "running or paused")
+        address = Address(transport, host, port, options or {})
+        channel = self.registry.transport(transport).connect(address, CONNECT_TIMEOUT)
+        try:
+            teleport_source(TeleportView(self), channel, SourceOptions(check_only=True, timeout_s=CHECK_TIMEOUT))
+        except TeleportBlocked as error:
+            return error.blockers
+        finally:
+            channel.close()
+        return ()
 
     def cancel_teleport(self, *, wait: bool = False) -> bool:
         """Cancel a teleport under way, in or out; False when there was none (any more)."""

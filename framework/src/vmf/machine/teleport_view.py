@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from attrs import evolve
+
 from vmf.cpuid.compare import blockers as cpuid_blockers
 from vmf.cpuid.compare import compare
+from vmf.cpuid.negotiate import Capability
 from vmf.cpuid.table import CpuidTable
 from vmf.device.base import Payload
-from vmf.errors import LocalProtocolError, StateError, TeleportError
+from vmf.errors import ContractOverridden, LocalProtocolError, StateError, TeleportError, VmfError
+from vmf.machine.contract import capability_of, origin_of_arrival
 from vmf.machine.dirty import DirtyTracker
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import MachineState
@@ -49,7 +53,11 @@ class TeleportView:
         return {
             "version": DESCRIPTION_VERSION,
             "memory_mib": machine.config.memory_mib,
-            "cpu": {"tsc_khz": hardware.tsc_khz, "cpuid": hardware.cpuid.to_wire()},
+            "cpu": {
+                "tsc_khz": hardware.tsc_khz,
+                "cpuid": hardware.cpuid.to_wire(),
+                "level": "" if machine.contract_origin is None else machine.contract_origin.level,
+            },
             "devices": [[kind, instance] for kind, instance in hardware.device_keys()],
             "boot": machine.boot_digest(),
         }
@@ -61,9 +69,22 @@ class TeleportView:
         hooks = {"devices": self._check_devices, "boot": self._check_boot, "cpu": self._check_cpu}
         found = compare_descriptions(self.name, source, self.describe(), hooks)
         if not found:
-            cpu = source["cpu"]
-            self._machine.hardware.plug_vcpu(CpuidTable.from_wire(cpu["cpuid"]), cpu["tsc_khz"])
+            found = self._plug_vcpu(source["cpu"])
         return found
+
+    def _plug_vcpu(self, cpu: Mapping[str, Any]) -> list[Blocker]:
+        """Make the vCPU for the source's contract; what the backend finds only then is a blocker, too."""
+        contract = CpuidTable.from_wire(cpu["cpuid"])
+        backend = self._machine.hardware.backend
+        try:
+            self._machine.hardware.plug_vcpu(contract, cpu["tsc_khz"])
+        except ContractOverridden as error:
+            return cpuid_blockers(error.differences)
+        except VmfError as error:
+            remedy = error.remedy or "Choose another CPU backend for the target machine (`--cpu-backend`)."
+            return [Blocker("CPU contract", "needed", f"{backend.name} cannot: {show(error.message)}", remedy)]
+        self._machine.contract_origin = origin_of_arrival(contract, cpu.get("level"))
+        return []
 
     def _check_devices(self, source: Any, target: Any) -> list[Blocker]:
         def rows(value: Any) -> dict[str, tuple[str, int]]:
@@ -114,8 +135,14 @@ class TeleportView:
             tsc_khz=khz,
             capability_tsc_khz=native,
             tsc_scaling=backend.tsc_khz_supported(khz),
+            level=origin_of_arrival(contract, source.get("level")).number if source.get("level") else 0,
         )
         return cpuid_blockers(found)
+
+    def cpuid_capability(self) -> Capability:
+        """What this machine's backend can present; the name is the backend's."""
+        backend = self._machine.hardware.backend
+        return evolve(capability_of(backend), name=backend.name)
 
     def local_blockers(self, role: str) -> Sequence[Blocker]:
         found = [

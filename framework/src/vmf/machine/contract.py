@@ -1,0 +1,179 @@
+"""What a machine's guest is going to see of its CPU: decided once, before its first instruction.
+
+    decision = decide(config, backend, registry)
+    hardware.plug_vcpu(decision.table, decision.tsc_khz)
+
+The capability of the machine's own backend is the beginning. When the definition names teleport peers, the machines
+that wait there are asked for theirs (all at the same time), and the contract is made from what all can present; with
+the level "auto" at their common level. Installed policies may restrict it further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from vmf.cpuid.contract import make_contract
+from vmf.cpuid.features import features_of
+from vmf.cpuid.levels import LEVELS, Level, level_of, parse_level
+from vmf.cpuid.negotiate import Capability, negotiate
+from vmf.cpuid.render import table_json
+from vmf.errors import MachineError, VmfError
+from vmf.machine.config import AUTO_LEVEL, MachineConfig, split_peer
+from vmf.transport.base import Address
+
+if TYPE_CHECKING:
+    from vmf.cpu.backend import CpuBackend
+    from vmf.cpuid.table import CpuidTable
+    from vmf.plugins.bridge import PluginRegistry
+    from vmf.teleport.ask import HostCapability
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@frozen
+class ContractOrigin:
+    """How the contract in force came about, for people and programs.
+
+    Attributes:
+        level: "0" to "4", or a profile's name: at which it was made.
+        requested: what the definition asked for; "auto" was negotiated. "" where the machine came by a teleport.
+        peers: who else was asked.
+        explanation: sentences.
+    """
+
+    level: str
+    requested: str = ""
+    peers: tuple[str, ...] = ()
+    explanation: tuple[str, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """The level, profiles counting as 0: from where on a higher level helps."""
+        return int(self.level) if self.level.isdecimal() else 0
+
+    @property
+    def label(self) -> str:
+        """For people: "3 (x86-64-v2)"."""
+        known = parse_level(self.level)
+        return f"{known.number} ({known.name})" if isinstance(known, Level) else known.name
+
+
+@frozen
+class Decision:
+    """The contract, the rate of the guest's TSC in kHz, and why."""
+
+    table: CpuidTable
+    tsc_khz: int
+    origin: ContractOrigin
+
+
+def capability_of(backend: CpuBackend, where: str = "this host") -> Capability:
+    """What a backend can present here, as a party of a negotiation."""
+    native = backend.tsc_khz()
+    # A backend without scaling takes rates within 250 ppm of its own only.
+    scaling = backend.tsc_khz_supported(native // 2) and backend.tsc_khz_supported(native * 2)
+    return Capability(backend.cpuid_capability(), native, scaling, f"{where} ({backend.name})")
+
+
+def peer_label(host: str, port: int) -> str:
+    """As the user wrote it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def ask_host(
+    registry: PluginRegistry, host: str, port: int, *, asker: str = "", transport: str = "tcp"
+) -> HostCapability:
+    """Ask the machine that waits for a teleport there what its CPU backend can present.
+
+    Raises TransportError when nobody can be reached, TeleportError when there is no answer.
+    """
+    from vmf.teleport.ask import ask_capability
+
+    channel = registry.transport(transport).connect(Address(transport, host, port), CONNECT_TIMEOUT_S)
+    try:
+        return ask_capability(channel, asker, peer_label(host, port))
+    finally:
+        channel.close()
+
+
+def decide(config: MachineConfig, backend: CpuBackend, registry: PluginRegistry) -> Decision:
+    """The contract of a machine that is about to start.
+
+    Raises MachineError naming every peer that could not be asked, CpuidError when there is no contract that all can
+    honour or the definition asks for what cannot be presented.
+    """
+    wishes = config.cpuid
+    own = capability_of(backend)
+    requested = wishes.portability_level
+    level: int | str = requested
+    explanation: list[str] = []
+    table, khz = own.table, own.tsc_khz
+    if wishes.peers:
+        agreement = negotiate([own, *_ask_peers(config, registry)])
+        explanation = agreement.explain()
+        if not agreement.possible:
+            agreement.contract()  # raises, saying why
+        table = agreement.table
+        if own.tsc_scaling and agreement.tsc_khz:
+            khz = agreement.tsc_khz
+        level = agreement.level if requested == AUTO_LEVEL else requested
+    chosen = parse_level(level)
+    contract = make_contract(table, level, wishes.set, wishes.remove, tsc_khz=khz)
+    for restricted in registry.hooks.cpuid_policy(config.name, contract):
+        before = features_of(contract)
+        contract = negotiate([contract, restricted]).table
+        if lost := before - features_of(contract):
+            explanation.append(f"A policy removed {', '.join(sorted(item.name for item in lost))}.")
+    name = str(chosen.number) if isinstance(chosen, Level) else chosen.name
+    return Decision(contract, khz, ContractOrigin(name, requested, wishes.peers, tuple(explanation)))
+
+
+def _ask_peers(config: MachineConfig, registry: PluginRegistry) -> Sequence[Capability]:
+    def ask(peer: str) -> Capability | VmfError:
+        try:
+            host, port = split_peer(peer)
+            transport = config.teleporter.transport
+            return ask_host(registry, host, port, asker=config.name, transport=transport).capability
+        except VmfError as error:
+            return error
+
+    peers = tuple(dict.fromkeys(config.cpuid.peers))
+    with ThreadPoolExecutor(min(8, len(peers)), "vmf-ask-peer") as pool:
+        answers = list(pool.map(ask, peers))
+    pairs = zip(peers, answers, strict=True)
+    refused = [f"{peer}: {answer}" for peer, answer in pairs if isinstance(answer, VmfError)]
+    if refused:
+        raise MachineError(
+            f"machine {config.name} was not started, as its CPUID contract is negotiated with its teleport peers and"
+            f" {'this one' if len(refused) == 1 else 'these'} could not be asked: {' '.join(refused)}",
+            "Let a machine wait for a teleport there (`vmf startvm` with the teleporter on), or start without asking"
+            f" anybody: `vmf modifyvm {config.name} --teleport-peer none --cpuid-portability-level 3`, say.",
+        )
+    return [answer for answer in answers if isinstance(answer, Capability)]
+
+
+def describe_contract(table: CpuidTable, origin: ContractOrigin) -> dict[str, Any]:
+    """The contract in force as plain data."""
+    return {
+        "level": origin.level,
+        "label": origin.label,
+        "requested": origin.requested,
+        "peers": list(origin.peers),
+        "explanation": list(origin.explanation),
+        **table_json(table),
+    }
+
+
+def origin_of_arrival(table: CpuidTable, level: object) -> ContractOrigin:
+    """Of a machine that came by a teleport: the level that its source told, or else what its features amount to."""
+    if isinstance(level, str) and len(level) <= 32:
+        try:
+            known = parse_level(level)
+            return ContractOrigin(str(known.number) if isinstance(known, Level) else known.name)
+        except VmfError:
+            pass  # a level of a newer vmf
+    return ContractOrigin(str(level_of(features_of(table)) or LEVELS[0].number))
