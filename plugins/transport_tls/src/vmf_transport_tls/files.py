@@ -119,8 +119,8 @@ def _key_error(error: Exception, cert: Path, key: Path) -> TransportError:
     if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
         return TransportError(f"{key} is not the key of {cert}.", "Copy both files from the same place.")
     return TransportError(
-        f"{cert} and {key} cannot be used: {getattr(error, 'reason', None) or error}.",
-        "Both must be PEM files; make them with `vmf tls issue`.",
+        f"{cert} and {key} cannot be used as a certificate and its key.",
+        "Both must be complete PEM files; make them with `vmf tls issue`.",
     )
 
 

@@ -30,7 +30,7 @@ SCHEME = "tls"
 HANDSHAKE_SECONDS = 5.0
 MAX_HANDSHAKES = 16
 MAX_WAITING = 16
-"""Connections (and refusals) that wait for `accept`; more are closed (not reported)."""
+"""Connections that wait for `accept`; more are closed. Refusals get half of the room, further ones are not told."""
 _OPTIONS = {"listen": {"tls_dir", "allow"}, "connect": {"tls_dir", "tls_hostname"}}
 
 
@@ -136,7 +136,8 @@ class TlsListener(Listener):
     def _offer(self, what: TlsChannel | TransportError) -> bool:
         """Put it where `accept` finds it; False when there is no room."""
         with self._lock:
-            if self._shut or self._ready.qsize() >= MAX_WAITING:
+            room = MAX_WAITING if isinstance(what, TlsChannel) else MAX_WAITING // 2
+            if self._shut or self._ready.qsize() >= room:
                 return False
             self._ready.put(what)
             return True
