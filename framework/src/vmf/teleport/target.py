@@ -24,6 +24,7 @@ from vmf.errors import (
     TeleportError,
     TransportClosed,
     TransportError,
+    TransportRefused,
     TransportTimeout,
     VmfError,
 )
@@ -104,7 +105,7 @@ class _Target:
         self._place = threading.Condition()
         self._busy = False
         self._session: _Session | None = None
-        self._arrivals: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[Channel | TransportRefused | None] = queue.SimpleQueue()
         self._refusals = threading.Semaphore(_REFUSALS)
 
     def run(self) -> TeleportSummary:
@@ -123,6 +124,10 @@ class _Target:
                     if self._cancel is not None and self._cancel.is_set():
                         continue
                     raise TransportClosed(f"{self._listener.address} does not listen any more.")
+                if isinstance(channel, TransportRefused):
+                    self._report.restart()
+                    self._report.phase(WAITING, message=m.clean_text(str(channel)))
+                    continue
                 summary = self._serve(channel)
                 if summary is not None:
                     return summary
@@ -169,6 +174,11 @@ class _Target:
             except TransportClosed:
                 self._arrivals.put(None)
                 return
+            except TransportRefused as error:
+                log.info("turned away: %s", error)
+                if self._arrivals.qsize() < _REFUSALS:  # of a flood only some are told
+                    self._arrivals.put(error)
+                continue
             except TransportError as error:
                 log.warning("accepting a teleport failed: %s", error)
                 time.sleep(_POLL_S)  # out of descriptors, say: do not spin

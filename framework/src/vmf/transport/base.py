@@ -7,7 +7,7 @@ be called from any thread and makes both return with TransportClosed. No call ho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,11 @@ class Listener(ABC):
 
     @abstractmethod
     def accept(self, timeout: float | None) -> Channel:
-        """The next channel. Raises TransportTimeout, or TransportClosed after `shutdown`."""
+        """The next channel.
+
+        Raises TransportTimeout, TransportClosed after `shutdown`, or TransportRefused for a connection that was
+        turned away, to tell of it; the next call waits for the next one.
+        """
 
     @abstractmethod
     def shutdown(self) -> None:

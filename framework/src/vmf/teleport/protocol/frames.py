@@ -24,6 +24,8 @@ MAGIC = b"VMFT"
 _HEADER = struct.Struct("<4sHHII")
 _PREFIX = struct.Struct("<4sHHI")
 HEADER_SIZE = _HEADER.size
+_TLS = (b"\x15\x03", b"\x16\x03")
+"""How TLS records begin: an alert, a handshake (RFC 8446, 5.1)."""
 
 
 @frozen
@@ -49,6 +51,11 @@ def decode_header(data: bytes, limits: dict[int, int]) -> Header:
     Raises RemoteProtocolError for another magic, an unknown type, unknown flags or an excessive length.
     """
     magic, type_, flags, length, crc = _HEADER.unpack(data)
+    if magic[:2] in _TLS:
+        raise RemoteProtocolError(
+            "the other side speaks TLS, and this side plain TCP.",
+            "Use the same on both: --transport tls at the source, --teleporter-transport tls at the target.",
+        )
     if magic != MAGIC:
         raise RemoteProtocolError(
             "the other side does not speak vmf's teleport protocol (its bytes do not begin a frame).",
