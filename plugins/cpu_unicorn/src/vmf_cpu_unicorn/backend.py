@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from vmf.cpu.backend import Availability, CpuBackend, VcpuEnvironment
+from vmf.cpu.trace import TraceSink
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, StateError, VmfError
 from vmf_cpu_unicorn import cpuid, engine, gates, tsc
@@ -16,6 +17,7 @@ class UnicornBackend(CpuBackend):
 
     name = "unicorn"
     preference = 10
+    can_trace = True
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,6 +50,17 @@ class UnicornBackend(CpuBackend):
         return tsc.host_tsc_khz()
 
     def create_vcpu(self, environment: VcpuEnvironment) -> UnicornVcpu:
+        self._check(environment)
+        return UnicornVcpu(engine.load(), environment, self.tsc_khz())
+
+    def create_tracing_vcpu(self, environment: VcpuEnvironment, sink: TraceSink) -> UnicornVcpu:
+        from vmf_cpu_unicorn.tracing import TracingVcpu, verify
+
+        self._check(environment)
+        verify(engine.load())
+        return TracingVcpu(engine.load(), environment, self.tsc_khz(), sink)
+
+    def _check(self, environment: VcpuEnvironment) -> None:
         available = self.availability()
         if not available.usable:
             raise BackendUnavailable(available.reason, available.remedy)
@@ -57,4 +70,3 @@ class UnicornBackend(CpuBackend):
                 f"{self.tsc_khz()} kHz on this host and cannot scale it.",
                 "Run the machine on a host with that TSC rate.",
             )
-        return UnicornVcpu(engine.load(), environment, self.tsc_khz())
