@@ -241,6 +241,7 @@ class _Drawn(_Screen):
         self._consoles = {"amber": b"", "blue": b""}
         self._notes: list[str] = []
         self._event: Mapping[str, Any] = {}
+        self._where = ""
         self._live = Live(get_renderable=self._draw, refresh_per_second=10)
 
     def __enter__(self) -> _Drawn:
@@ -256,7 +257,9 @@ class _Drawn(_Screen):
             self._event = {}
 
     def console(self, name: str, output: bytes) -> None:
-        self._consoles[name] = output[-8192:]
+        if output and output[-8192:] != self._consoles[name]:
+            self._consoles[name] = output[-8192:]
+            self._where = name
 
     def progress(self, event: Mapping[str, Any]) -> None:
         self._event = event
@@ -274,9 +277,10 @@ class _Drawn(_Screen):
         panels = []
         for name, output in self._consoles.items():
             grid.add_column(ratio=1)
-            lines = [_printable(line) for line in output.split(b"\n")][-self.LINES :]
+            lines = [_printable(line) for line in output.rstrip(b"\n").split(b"\n")][-self.LINES :]
             text = Text("\n".join(lines), no_wrap=True, overflow="crop")
-            panels.append(Panel(text, title=f"host {name}", border_style=colours[name], height=self.LINES + 2))
+            title = f"host {name}: the guest runs here" if name == self._where else f"host {name}"
+            panels.append(Panel(text, title=title, border_style=colours[name], height=self.LINES + 2))
         grid.add_row(*panels)
         line = "   ".join(f"{label} {value}".strip() for label, value in facts(self._event)) if self._event else ""
         return Group(grid, *(Text(f"  {note}", style="dim") for note in self._notes), Text(f"  {line}", style="bold"))
