@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+
 from kvmlab import Lab, LabError, cache, job, missing, needs, packages
 from kvmlab.lab import pytest_command
 
@@ -178,3 +179,16 @@ def test_the_kvm_backend_passes_its_tests_in_the_lab(kvm_lab: Lab, tmp_path: Pat
     suite = ElementTree.parse(result.results / "junit.xml").getroot().find("testsuite")
     assert suite is not None
     assert int(suite.get("tests", 0)) > int(suite.get("skipped", 0)), "not all may be skipped"
+
+
+@pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stock_debian_boots_on_kvm_to_a_shell_that_answers(kvm_lab: Lab, tmp_path: Path) -> None:
+    """Some 20 s are enough on a quiet machine, several minutes are needed on a busy one."""
+    command = ["python3", "tests/lab/payload/boot_debian.py", "--backend", "kvm", "--timeout", "500"]
+    result = kvm_lab.run(command, timeout=600, directory=tmp_path / "back")
+    print(result.stdout)
+    assert result.status == 0, result.stdout + result.stderr
+    assert "BUG" not in result.stdout
+    assert "WARNING" not in result.stdout

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
-from vmf.testing.initrd import Entry, cpio
 
 from kvmlab import needs
 from kvmlab.cache import cached, digest, entry
 from kvmlab.errors import LabError, LabUnavailable
+from vmf.testing.initrd import Entry, cpio
 
 HERE = Path(__file__).resolve().parent
 RECIPE = 1

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
-from vmf.testing.guests import selfcheck
 
 from kvmlab.packages import GENERATED, TREE
+from vmf.testing.guests import selfcheck
 
 HERE = Path(__file__).resolve().parent
 SECTOR = 512
