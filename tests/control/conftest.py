@@ -99,6 +99,11 @@ class FakeMachine:
         self.set("teleported")
         return {"rounds": 3, "downtime_ns": 5, "asked": [host, port, transport, max_downtime_ms, timeout_s]}
 
+    def check_teleport(self, host: str, port: int, transport: str) -> dict[str, Any]:
+        self._need("running")
+        blockers = [{"field": "memory", "source": "1", "target": "2", "remedy": "Set it."}] if host == "blocked" else []
+        return {"ok": not blockers, "target": f"{transport}:{host}:{port}", "blockers": blockers}
+
     def cancel_teleport(self) -> bool:
         active = self.state.startswith("teleporting")
         self.cancel.set()

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vmf.errors import VmfError
+from vmf.errors import PluginError, VmfError
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "createvm": ("vmf.cli.define", "createvm", "Define a new machine."),
@@ -22,10 +22,15 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "console": ("vmf.cli.start", "console", "Attach to a machine's serial console."),
     "showvminfo": ("vmf.cli.show", "showvminfo", "Show a machine's definition and state."),
     "list": ("vmf.cli.show", "list_", "List machines or plugins."),
+    "cpuid": ("vmf.cli.cpuid", "cpuid", "Show what CPUs can present, compare hosts, find what suits them all."),
+    "tls": ("vmf_transport_tls.commands", "tls", "Make the certificates of encrypted teleports, and show them."),
     "demo": ("vmf.cli.demo", "demo", "Watch a machine teleport between two hosts."),
     "completion": ("vmf.cli.completion", "completion", "Print the script that completes vmf's commands in a shell."),
 }
 """Command name to the module and attribute that implement it, and its line in `vmf --help`."""
+
+FROM_PLUGINS = {"tls": "vmf-transport-tls"}
+"""Commands of bundled plugins, and the distribution that has them; it may not be installed."""
 
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
@@ -41,7 +46,16 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, attribute, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            distribution = FROM_PLUGINS.get(cmd_name)
+            if distribution is None or error.name != module.partition(".")[0]:
+                raise
+            raise PluginError(
+                f"The command '{cmd_name}' is part of the distribution {distribution}, which is not installed.",
+                f"Install it: pip install {distribution}",
+            ) from None
         return command
 
     def resolve_command(

@@ -39,6 +39,11 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def printable(text: str) -> str:
+    """What a remote side put into it cannot move the cursor or forge a line."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
     """Left-aligned columns; the last one as long as it is."""
     everything = [list(header), *[list(row) for row in rows]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vmf.cli.app import json_option
-from vmf.cli.common import home, machine_argument, say
+from vmf.cli.common import home, machine_argument, printable, say
 from vmf.control.client import ControlClient
 
 if TYPE_CHECKING:
@@ -105,8 +105,13 @@ def reset(name: str) -> None:
     help="Goal for the time the guest stands still, milliseconds.",
 )
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Give up after S seconds.")
-@click.option("--transport", default="tcp", show_default=True, metavar="NAME", help="Transport plugin.")
+@click.option(
+    "--transport", default="tcp", show_default=True, metavar="tcp|tls", help="Transport plugin; tls encrypts."
+)
+@click.option("--tls-dir", metavar="DIR", help="Directory with this host's certificates (default: tls in vmf's home).")
+@click.option("--tls-hostname", metavar="NAME", help="Name in the target's certificate, if it is not that of --host.")
 @click.option("--cancel", is_flag=True, help="Cancel the teleport that is under way.")
+@click.option("--check", "check_only", is_flag=True, help="Run every check against the target, and move nothing.")
 @click.option(
     "--progress",
     type=click.Choice(["auto", "plain", "json", "none"]),
@@ -123,26 +128,38 @@ def teleport(
     maxdowntime: int,
     timeout: float | None,
     transport: str,
+    tls_dir: str | None,
+    tls_hostname: str | None,
     cancel: bool,
+    check_only: bool,
     progress: str,
     as_json: bool,
-) -> None:
+) -> int:
     """Move the machine, while it runs, to the host that waits for it.
 
-    Ctrl-C (or --cancel from elsewhere) cancels the teleport before the handover: the machine goes on here.
+    Ctrl-C (or --cancel from elsewhere) cancels the teleport before the handover: the machine goes on here. With
+    --check both machines go on undisturbed; everything that speaks against the teleport is listed, and the exit
+    status is 1 when there is anything.
 
     \b
     Examples:
       vmf controlvm web teleport --host otherhost --port 6000
       vmf controlvm web teleport --host otherhost --port 6000 --maxdowntime 100 --timeout 60
+      vmf controlvm web teleport --check --host otherhost --port 6000
+      vmf controlvm web teleport --host otherhost --port 6000 --transport tls
       vmf controlvm web teleport --cancel
     """
+    if cancel and check_only:
+        raise click.UsageError("--cancel and --check exclude each other.", click.get_current_context())
     if cancel:
         _cancel(name, as_json)
-        return
+        return 0
     if host is None or port is None:
         missing = " and ".join(option for option, value in (("--host", host), ("--port", port)) if value is None)
         raise click.UsageError(f"A teleport needs {missing}.", click.get_current_context())
+    options = _transport_options(tls_dir, tls_hostname)
+    if check_only:
+        return _check(name, host, port, transport, options, as_json)
     from vmf.cli.progress import progress_view, show_summary
 
     view = progress_view("none" if as_json and progress == "auto" else progress)
@@ -156,6 +173,7 @@ def teleport(
                 max_downtime_ms=maxdowntime,
                 timeout_s=timeout,
                 progress=view.update,
+                options=options,
             )
         finally:
             view.close()
@@ -165,6 +183,56 @@ def teleport(
     else:
         say(f"Machine '{name}' runs on {host} now.")
         show_summary(summary)
+    return 0
+
+
+def _transport_options(tls_dir: str | None, tls_hostname: str | None) -> dict[str, str]:
+    """Settings of the transport that were given. Paths are ours, not those of the machine's process."""
+    options = {}
+    if tls_dir is not None:
+        options["tls_dir"] = os.path.abspath(os.path.expanduser(tls_dir))
+    if tls_hostname is not None:
+        options["tls_hostname"] = tls_hostname
+    return options
+
+
+def _check(name: str, host: str, port: int, transport: str, options: dict[str, str], as_json: bool) -> int:
+    """Preflight; the exit status."""
+    with ControlClient.of(home(), name) as machine:
+        answer = machine.check_teleport(host, port, transport=transport, options=options)
+    blockers = answer["blockers"]
+    if as_json:
+        say(json.dumps(answer))
+    elif not blockers:
+        say(f"Machine '{name}' can teleport to {host}:{port}: every check passed.")
+    else:
+        reasons = _grouped(blockers)
+        count = "1 reason" if len(reasons) == 1 else f"{len(reasons)} reasons"
+        say(f"Machine '{name}' cannot teleport to {host}:{port}, for {count}:")
+        for number, blocker in enumerate(reasons, 1):
+            said = f"{blocker['field']}: {blocker['source']} at the source, {blocker['target']} at the target."
+            say(printable(f"{number:>3}. {said}"))
+            if blocker["remedy"]:
+                say(printable(f"     {blocker['remedy']}"))
+        say("Nothing was moved; both machines go on.")
+    return 1 if blockers else 0
+
+
+def _grouped(blockers: list[dict[str, str]]) -> list[dict[str, str]]:
+    """CPU features with the same remedy in one line, in the first one's place."""
+    label = "CPU feature "
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for number, blocker in enumerate(blockers):
+        key: tuple[str, ...] = (str(number),)
+        if blocker["field"].startswith(label):
+            key = ("", blocker["source"], blocker["target"], blocker["remedy"])
+        groups.setdefault(key, []).append(blocker)
+    return [
+        group[0]
+        if len(group) == 1
+        else group[0] | {"field": "CPU features " + ", ".join(each["field"].removeprefix(label) for each in group)}
+        for group in groups.values()
+    ]
 
 
 def _ended(where: Home, name: str) -> None:

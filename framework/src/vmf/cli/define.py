@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vmf.cli.common import F, home, machine_argument, say
 
+if TYPE_CHECKING:
+    from vmf.machine.config import CpuidConfig
+
 NONE = "none"
 """Written for a file option, it takes the file out of the definition."""
 
 
-def _complete_backends(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+def complete_backends(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell: auto and the installed CPU backends."""
     from vmf.plugins import discovery
 
     return [
@@ -33,13 +37,37 @@ def _hardware_options(function: F) -> F:
         click.option(
             "--cpu-backend",
             metavar="auto|unicorn|kvm",
-            shell_complete=_complete_backends,
+            shell_complete=complete_backends,
             help="CPU backend plugin; auto takes the fastest that works here.",
         ),
         click.option(
             "--device", "devices", multiple=True, metavar="NAME", help="Device plugin, repeatable (default: pc)."
         ),
         click.option("--description", metavar="TEXT", help="Free text; a teleport does not compare it."),
+        click.option(
+            "--cpuid-portability-level",
+            metavar="N|auto|PROFILE",
+            help="How much of the CPU the guest sees: 0 (all) to 4 (any x86-64), or what the peers have in common.",
+        ),
+        click.option(
+            "--cpuid-set",
+            multiple=True,
+            metavar="FEATURE",
+            help="CPU feature to add to the level; none clears the list.",
+        ),
+        click.option(
+            "--cpuid-remove",
+            multiple=True,
+            metavar="FEATURE",
+            help="CPU feature to leave out; none clears the list.",
+        ),
+        click.option(
+            "--teleport-peer",
+            "teleport_peers",
+            multiple=True,
+            metavar="HOST:PORT",
+            help="Host to ask before the guest starts, so that it can teleport there; none clears the list.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -57,10 +85,12 @@ def createvm(name: str, memory: int, **options: Any) -> None:
     Examples:
       vmf createvm web --memory 512 --kernel /boot/vmlinuz --initrd initrd.img
       vmf createvm tiny --memory 16 --image ticker.bin --cpu-backend unicorn
+      vmf createvm db --memory 512 --kernel vmlinuz --cpuid-portability-level auto --teleport-peer other:6000
     """
-    from vmf.machine.config import MachineConfig
+    from vmf.machine.config import CpuidConfig, MachineConfig
 
-    config = MachineConfig(name=name, memory_mib=memory, **_settings(options))
+    cpuid = _cpuid(CpuidConfig(), options)
+    config = MachineConfig(name=name, memory_mib=memory, cpuid=cpuid, **_settings(options))
     home().create(config)
     say(f"Machine '{name}' is defined (UUID {config.uuid}).")
 
@@ -72,7 +102,16 @@ def createvm(name: str, memory: int, **options: Any) -> None:
 @click.option("--teleporter", type=click.Choice(["on", "off"]), help="Wait for a teleport when started, or boot.")
 @click.option("--teleporter-port", type=int, metavar="P", help="TCP port to wait on; 0 takes a free one.")
 @click.option("--teleporter-address", metavar="A", help="Address of this host to wait on (default: 0.0.0.0, all).")
-@click.option("--teleporter-transport", metavar="NAME", help="Transport plugin (default: tcp).")
+@click.option("--teleporter-transport", metavar="tcp|tls", help="Transport plugin (default: tcp); tls encrypts.")
+@click.option(
+    "--teleporter-tls-dir", metavar="DIR", help="Directory with this host's certificates; none for the usual one."
+)
+@click.option(
+    "--teleporter-allow",
+    multiple=True,
+    metavar="NAME",
+    help="Source that may teleport here, by a name in its certificate; none clears the list (all that the CA knows).",
+)
 def modifyvm(
     name: str,
     memory: int | None,
@@ -80,17 +119,23 @@ def modifyvm(
     teleporter_port: int | None,
     teleporter_address: str | None,
     teleporter_transport: str | None,
+    teleporter_tls_dir: str | None,
+    teleporter_allow: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Change the definition of machine NAME, which must not be running.
 
-    Settings that are not given stay as they are; `none` takes a file (or the command line) out.
+    Settings that are not given stay as they are; `none` takes a file (or the command line) out. --cpuid-set,
+    --cpuid-remove, --teleport-peer and --teleporter-allow add to what is there; their `none` clears it first.
 
     \b
     Examples:
       vmf modifyvm target --teleporter on --teleporter-port 6000
       vmf modifyvm target --teleporter off --memory 1024
+      vmf modifyvm target --teleporter-transport tls --teleporter-allow otherhost
       vmf modifyvm web --initrd none
+      vmf modifyvm web --cpuid-portability-level 3 --cpuid-set aes
+      vmf modifyvm web --teleport-peer none --cpuid-portability-level 0
     """
     import attrs
 
@@ -106,13 +151,18 @@ def modifyvm(
         "transport": teleporter_transport,
     }
     waiting = {key: value for key, value in waiting.items() if value is not None}
-    if not changes and not waiting:
+    if teleporter_tls_dir is not None:
+        waiting["tls_dir"] = None if teleporter_tls_dir == NONE else Path(teleporter_tls_dir).expanduser()
+    if not changes and not waiting and not teleporter_allow and not any(options[key] for key in _CPUID_OPTIONS):
         raise click.UsageError("Nothing to change: give at least one option.", click.get_current_context())
     if teleporter_transport is not None:
         _installed("transport", teleporter_transport)
 
     def change(config: MachineConfig) -> MachineConfig:
-        return attrs.evolve(config, **changes, teleporter=attrs.evolve(config.teleporter, **waiting))
+        kept = () if NONE in teleporter_allow else config.teleporter.allow
+        allow = tuple(dict.fromkeys([*kept, *(each for each in teleporter_allow if each != NONE)]))
+        teleporter = attrs.evolve(config.teleporter, **waiting, allow=allow)
+        return attrs.evolve(config, **changes, teleporter=teleporter, cpuid=_cpuid(config.cpuid, options))
 
     home().update(name, change)
     say(f"Machine '{name}' is modified.")
@@ -153,6 +203,29 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
             _installed("device", device)
         changes["devices"] = options["devices"]
     return changes
+
+
+_CPUID_OPTIONS = ("cpuid_portability_level", "cpuid_set", "cpuid_remove", "teleport_peers")
+
+
+def _cpuid(old: CpuidConfig, options: dict[str, Any]) -> CpuidConfig:
+    """The section `cpuid` with the options that were given."""
+    import attrs
+
+    def more(before: tuple[str, ...], given: tuple[str, ...]) -> tuple[str, ...]:
+        kept = () if NONE in given else before
+        return tuple(dict.fromkeys([*kept, *(each for each in given if each != NONE)]))
+
+    added, removed = options["cpuid_set"], options["cpuid_remove"]
+    level = options["cpuid_portability_level"]
+    return attrs.evolve(
+        old,
+        portability_level=old.portability_level if level is None else level,
+        # The newer word holds: what is set now is not removed any more, and the other way round.
+        set=more(tuple(each for each in old.set if each not in removed), added),
+        remove=more(tuple(each for each in old.remove if each not in added), removed),
+        peers=more(old.peers, options["teleport_peers"]),
+    )
 
 
 def _file(option: str, value: str) -> Path:

@@ -61,6 +61,11 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Memory", f"{config.memory_mib} MiB"),
         ("CPU backend", config.cpu_backend),
         ("CPU backend in use", live.get("cpu_backend_used")),
+        ("CPUID level", config.cpuid.portability_level),
+        ("CPUID features set", ", ".join(config.cpuid.set)),
+        ("CPUID features removed", ", ".join(config.cpuid.remove)),
+        ("Teleport peers", ", ".join(config.cpuid.peers)),
+        ("CPUID in force", _contract(live.get("cpuid"))),
         ("Kernel", config.kernel),
         ("Initrd", config.initrd),
         ("Command line", config.cmdline),
@@ -78,6 +83,16 @@ def showvminfo(name: str, as_json: bool) -> None:
     for label, value in rows:
         if value not in (None, ""):
             say(f"{(label + ':' if label else '').ljust(width)}{value}")
+
+
+def _contract(cpuid: Any) -> str:
+    """The contract in force in one line."""
+    if not isinstance(cpuid, dict):
+        return ""
+    parts = [f"level {cpuid.get('label')}", str(cpuid.get("vendor", ""))]
+    parts.append(f"{len(cpuid.get('features', ()))} features")
+    parts.append(f"{cpuid.get('physical_address_bits')} physical address bits")
+    return ", ".join(part for part in parts if part)
 
 
 @click.group(name="list")

@@ -41,6 +41,8 @@ def startvm(name: str, detach: bool, with_console: bool, as_json: bool) -> None:
         elif ready["address"]:
             say(f"Machine '{name}' waits for a teleport at {ready['address']} (process {ready['pid']}).")
         else:
+            for line in ready.get("notices", ()):
+                say(line)
             say(f"Machine '{name}' is running (process {ready['pid']}).")
         return
     observer = _Foreground(home(), name, with_console, as_json)
@@ -131,6 +133,8 @@ class _Foreground(Observer):
         if self._as_json:
             say(json.dumps({"event": "running", "info": dict(info)}))
         else:
+            for line in (info.get("cpuid") or {}).get("explanation", ()):
+                say(f"CPUID contract: {line}")
             backend = info.get("cpu_backend_used")
             on = f" on {backend}" if backend else ""
             say(f"Machine '{self._name}' is {state}{on}. Console: vmf console {self._name}   Ctrl-C powers it off.")

@@ -13,6 +13,7 @@ import attrs
 from vmf.control.seam import Plain, ProgressCallback
 from vmf.machine.machine import Machine
 from vmf.machine.states import MachineState
+from vmf.transport.base import Address
 
 if TYPE_CHECKING:
     from vmf.machine.config import MachineConfig
@@ -87,6 +88,7 @@ class MachineAdapter:
         max_downtime_ms: int,
         timeout_s: float | None,
         progress: ProgressCallback,
+        options: Mapping[str, Any] | None = None,
     ) -> Plain:
         summary = self.machine.teleport(
             host,
@@ -95,9 +97,17 @@ class MachineAdapter:
             max_downtime_ms=max_downtime_ms,
             timeout_s=timeout_s,
             progress=self._observer(progress),
+            options=options,
         )
         answer: Plain = plain(summary)
         return answer
+
+    def check_teleport(
+        self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None
+    ) -> Plain:
+        blockers = self.machine.check_teleport(host, port, transport=transport, options=options)
+        target = str(Address(transport, host, port))
+        return {"ok": not blockers, "target": target, "blockers": plain(blockers)}
 
     def cancel_teleport(self) -> bool:
         return self.machine.cancel_teleport()

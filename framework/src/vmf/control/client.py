@@ -86,6 +86,7 @@ class ControlClient:
         max_downtime_ms: int = 250,
         timeout_s: float | None = None,
         progress: ProgressCallback | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> Plain:
         """Teleport the machine to where a target waits; blocks until it runs there and gives the summary.
 
@@ -93,16 +94,28 @@ class ControlClient:
             max_downtime_ms: goal for the time during which the guest runs nowhere, milliseconds.
             timeout_s: give up after so many seconds; None for never.
             progress: called with every progress event, on this thread.
+            options: settings of the transport: for `tls` `tls_dir` and `tls_hostname`.
         """
-        params = {"host": host, "port": port, "transport": transport, "max_downtime_ms": max_downtime_ms}
+        params: Plain = {"host": host, "port": port, "transport": transport, "max_downtime_ms": max_downtime_ms}
         if timeout_s is not None:
             params["timeout_s"] = timeout_s
+        if options:
+            params["options"] = dict(options)
 
         def notified(method: str, content: Mapping[str, Any]) -> None:
             if method == "teleport.progress" and progress is not None:
                 progress(content.get("progress", {}))
 
         return self._mapping("teleport", params, notified=notified)
+
+    def check_teleport(
+        self, host: str, port: int, *, transport: str = "tcp", options: Mapping[str, str] | None = None
+    ) -> Plain:
+        """Whether the machine could teleport there: {"ok", "target", "blockers"}. Nothing is moved."""
+        params: Plain = {"host": host, "port": port, "transport": transport}
+        if options:
+            params["options"] = dict(options)
+        return self._mapping("teleport.check", params, timeout=60)
 
     def cancel_teleport(self) -> bool:
         """Ask a teleport under way to stop; False when there is none that can be."""

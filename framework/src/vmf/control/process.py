@@ -280,7 +280,12 @@ class _Reporter(Observer):
 
     def running(self, info: Mapping[str, Any]) -> None:
         log.info("Running on %s.", info.get("cpu_backend_used", "?"))
-        self.tell({"ready": {"pid": os.getpid(), "state": str(info.get("state", "running")), "address": ""}})
+        cpuid = info.get("cpuid") or {}
+        notices = [f"CPUID contract: {line}" for line in cpuid.get("explanation", ())]
+        for line in notices:
+            log.info("%s", line)
+        state = str(info.get("state", "running"))
+        self.tell({"ready": {"pid": os.getpid(), "state": state, "address": "", "notices": notices}})
 
     def notice(self, text: str) -> None:
         log.info("%s", text)

@@ -49,8 +49,17 @@ class ControlledMachine(Protocol):
         max_downtime_ms: int,
         timeout_s: float | None,
         progress: ProgressCallback,
+        options: Mapping[str, Any] | None = None,
     ) -> Plain:
-        """Teleport out; blocks until the machine runs there and gives the summary. Raises TeleportError."""
+        """Teleport out; blocks until the machine runs there and gives the summary. Raises TeleportError.
+
+        `options` are the transport's own settings, by name.
+        """
+
+    def check_teleport(
+        self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None
+    ) -> Plain:
+        """{"ok", "target", "blockers"}: what speaks against a teleport to who waits there; nothing is moved."""
 
     def cancel_teleport(self) -> bool:
         """Ask a teleport under way, in or out, to stop; False when there is none that could be. Does not wait."""

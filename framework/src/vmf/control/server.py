@@ -46,13 +46,15 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
         "transport": (str,),
         "max_downtime_ms": (int,),
         "timeout_s": (*_NUMBER, type(None)),
+        "options": (dict,),
     },
+    "teleport.check": {"host": (str,), "port": (int,), "transport": (str,), "options": (dict,)},
     "teleport.cancel": {},
     "teleport.status": {},
     "events.subscribe": {},
 }
 """Every method with its parameters and their types; `_REQUIRED` says which must be there."""
-_REQUIRED = {"teleport": ("host", "port")}
+_REQUIRED = {"teleport": ("host", "port"), "teleport.check": ("host", "port")}
 
 
 class ControlServer:
@@ -150,6 +152,9 @@ class ControlServer:
             "resume": machine.resume,
             "poweroff": machine.power_off,
             "reset": machine.reset,
+            "teleport.check": lambda: machine.check_teleport(
+                params["host"], params["port"], params.get("transport", "tcp"), **_options(params)
+            ),
             "teleport.cancel": lambda: {"cancelled": machine.cancel_teleport()},
             "teleport.status": machine.teleport_status,
         }
@@ -177,9 +182,15 @@ class ControlServer:
                 params.get("max_downtime_ms", 250),
                 params.get("timeout_s"),
                 observe,
+                **_options(params),
             )
         finally:
             self._teleporting.release()
+
+
+def _options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The transport's own settings as a keyword argument, when there are any."""
+    return {"options": params["options"]} if params.get("options") else {}
 
 
 class _Connection:
@@ -324,9 +335,11 @@ def _checked(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     for name in _REQUIRED.get(method, ()):
         if name not in params:
             raise ControlError(f"{method} lacks the parameter {name!r}.", "Add it.")
-    if method == "teleport":
+    if method in ("teleport", "teleport.check"):
         if not 1 <= params["port"] <= 65535:
-            raise ControlError(f"teleport: port {params['port']} is outside 1 to 65535.", "Give the target's port.")
+            raise ControlError(f"{method}: port {params['port']} is outside 1 to 65535.", "Give the target's port.")
         if params.get("max_downtime_ms", 1) < 1 or (params.get("timeout_s") or 1) <= 0:
             raise ControlError("teleport: downtime and timeout must be positive.", "Give larger ones.")
+        if not all(isinstance(value, str) for value in params.get("options", {}).values()):
+            raise ControlError(f"{method}: options must be texts.", "Give each transport option as a string.")
     return method, params

@@ -213,6 +213,17 @@ def _path(value: Any) -> None:
         raise _Bad("is not an absolute path", f"Write the whole path, like {os.path.abspath(value)}.")
 
 
+def _allowed_names(value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of names in certificates, like ["host.example"].')
+    for name in value:
+        _text(255)(name)
+        if not name.strip():
+            raise _Bad("has an empty name", "Write the name in the source's certificate.")
+    if len(value) > 256:
+        raise _Bad("has more than 256 names", "Use an own CA for the hosts that may teleport here.")
+
+
 def _address(value: Any) -> None:
     _text(255)(value)
     if not value:
@@ -305,12 +316,26 @@ class TeleporterConfig:
         port: 0 to 65535; 0 takes a free one.
         address: of this host; where to listen.
         transport: name of the transport plugin.
+        tls_dir: directory with this host's certificates; None for vmf's usual one.
+        allow: names of the sources (in their certificates) that may teleport here; none allows all that the
+            transport lets in.
     """
 
     enabled: bool = _setting(_switch, default=False)
     port: int = _setting(_whole(0, 65535, "a TCP port"), default=0)
     address: str = _setting(_address, default="0.0.0.0")
     transport: str = _setting(_plugin_name, default="tcp")
+    tls_dir: Path | None = _setting(_path, default=None, converter=_absolute)
+    allow: tuple[str, ...] = _setting(_allowed_names, default=(), converter=_frozen_list)
+
+    def transport_options(self) -> dict[str, Any]:
+        """The settings that are the transport's own, as `Address.options` has them."""
+        options: dict[str, Any] = {}
+        if self.tls_dir is not None:
+            options["tls_dir"] = str(self.tls_dir)
+        if self.allow:
+            options["allow"] = self.allow
+        return options
 
 
 @frozen
@@ -386,6 +411,12 @@ class MachineConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for TOML or JSON; settings that are not set (None) are left out."""
         plain = _converter().unstructure(self)
+        teleporter = plain["teleporter"]
+        plain["teleporter"] = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in teleporter.items()
+            if value is not None and value != []
+        }
         return {
             key: str(value) if isinstance(value, Path) else value
             for key, value in plain.items()
@@ -425,6 +456,12 @@ def _cpuid_conflicts(section: Any) -> list[Problem]:
         found.append(Problem("cpuid.portability_level", f'"{AUTO_LEVEL}"', "has nobody to negotiate with", remedy))
     if values.get("set") and values.get("remove"):
         from vmf.cpuid.features import feature
+
+        try:
+            _cpu_features(values["set"])
+            _cpu_features(values["remove"])
+        except _Bad:
+            return found  # reported by the checks of the keys themselves
 
         unwanted = {feature(name): name for name in values["remove"]}
         found += [

@@ -257,7 +257,8 @@ class Machine:
         config = self.config
         khz = self.hardware.tsc_khz
         if config.kernel is not None:
-            return boot.load_guest(memory, config.kernel, config.initrd, config.cmdline or None, khz)
+            tell = self.hardware.cpuid.vendor != "GenuineIntel"
+            return boot.load_guest(memory, config.kernel, config.initrd, config.cmdline or None, khz, tell_tsc=tell)
         if config.image is not None:
             return boot.load_image(memory, config.image, khz)
         raise ImageError(
@@ -407,6 +408,7 @@ class Machine:
             max_downtime_ms: goal for the time during which the guest runs nowhere.
             timeout_s: give up after so many seconds; None for never.
             progress: called with every progress event, on this thread.
+            options: settings of the transport: for `tls` the strings `tls_dir` and `tls_hostname`.
         """
         from vmf.errors import TeleportUncertain
         from vmf.teleport.source import SourceOptions, teleport_source
@@ -505,6 +507,7 @@ class Machine:
             transport if transport is not None else teleporter.transport,
             address if address is not None else teleporter.address,
             port if port is not None else teleporter.port,
+            teleporter.transport_options(),
         )
         with self._lock:
             self.set_state(_S.TELEPORTING_IN)
