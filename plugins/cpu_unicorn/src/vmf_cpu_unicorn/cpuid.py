@@ -1,8 +1,10 @@
-"""What this backend can present: an x86-64-v2 processor.
+"""What this backend can present: an x86-64-v2 processor of any vendor.
 
-Vendor and model are those of an Intel Goldmont (family 6, model 0x5c), a real processor of exactly this level. Linux
-draws from it that the TSC's rate is in leaf 0x15 (it believes that of Intel only), that this TSC needs no watchdog,
-and that the page tables need no Meltdown isolation, which an emulator does not need either.
+An emulator is no vendor's, so the capability names none: machines come here from hosts of all. A machine that is born
+here without peers is GenuineIntel (`vmf.cpuid.contract`) with the model of a Goldmont (family 6, model 0x5c), a real
+processor of exactly this level. Linux draws from it that the TSC's rate is in leaf 0x15 (it believes that of Intel
+only), that this TSC needs no watchdog, and that the page tables need no Meltdown isolation, which an emulator does not
+need either. As an AMD CPU it must be told the rate on its command line (vmf's default one does).
 
 Not presented, because the engine or vmf does not have it: APIC, SEP (SYSENTER would work, Linux prefers SYSCALL),
 XSAVE and AVX, MTRR, MCE/MCA, PCID, MONITOR, hypervisor leaves; SMAP, because each STAC/CLAC would cost a translated
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
 
-VENDOR = "GenuineIntel"
 BRAND = "vmf virtual CPU (Unicorn)"
 FAMILY_MODEL_STEPPING = 0x000506C9
 LINEAR_ADDRESS_BITS = 48
@@ -45,10 +46,9 @@ def _text(text: str, size: int) -> list[int]:
 def capability(tsc_khz: int, address_bits: int) -> CpuidTable:
     """The widest contract. `tsc_khz` goes into leaf 0x15 as crystal * 2 with crystal = rate / 2: Linux multiplies in
     32 bits, so larger ratios overflow."""
-    ebx, edx, ecx = _text(VENDOR, 12)
     clflush_line = 8  # in units of 8 bytes
     entries: dict[tuple[int, int], CpuidRegisters] = {
-        (0, 0): CpuidRegisters(0x15, ebx, ecx, edx),
+        (0, 0): CpuidRegisters(0x15),
         (1, 0): CpuidRegisters(
             FAMILY_MODEL_STEPPING, clflush_line << 8 | 1 << 16, _word(FEATURES_1_ECX), _word(FEATURES_1_EDX)
         ),
