@@ -46,9 +46,14 @@ def boot_vmf(host: Host, memory_mib: int) -> float:
 
 
 def boot_qemu(memory_mib: int) -> float:
+    """QEMU's microvm sometimes hangs before the kernel's first line; such a start is tried again and said."""
     guest = linux_guest()
-    with Qemu(guest.kernel, guest.initrd, guest.cmdline, memory_mib) as qemu:
-        return qemu.wait_for_output(READY)
+    while True:
+        with Qemu(guest.kernel, guest.initrd, guest.cmdline, memory_mib) as qemu:
+            try:
+                return qemu.wait_for_output(READY, timeout=40)
+            except RuntimeError as error:
+                print(f"QEMU did not reach init, trying again: {error}", flush=True)
 
 
 def main() -> None:
