@@ -108,7 +108,7 @@ def reset(name: str) -> None:
 @click.option(
     "--transport", default="tcp", show_default=True, metavar="tcp|tls", help="Transport plugin; tls encrypts."
 )
-@click.option("--tls-dir", metavar="DIR", help="Directory with this host's certificates (default: tls in vmf's home).")
+@click.option("--tls-dir", metavar="DIR", help="This host's certificates (default: tls in vmf's home).")
 @click.option("--tls-hostname", metavar="NAME", help="Name in the target's certificate, if it is not that of --host.")
 @click.option("--cancel", is_flag=True, help="Cancel the teleport that is under way.")
 @click.option("--check", "check_only", is_flag=True, help="Run every check against the target, and move nothing.")

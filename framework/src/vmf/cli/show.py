@@ -72,6 +72,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Image", config.image),
         ("Devices", ", ".join(config.devices)),
         ("Teleporter", waits),
+        ("Teleports allowed from", ", ".join(teleporter.allow)),
         ("Waits at", live.get("teleporter_address")),
         ("Guest time", f"{live['guest_time_seconds']} s" if "guest_time_seconds" in live else ""),
         ("Definition", paths.definition),

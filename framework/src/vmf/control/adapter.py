@@ -102,9 +102,7 @@ class MachineAdapter:
         answer: Plain = plain(summary)
         return answer
 
-    def check_teleport(
-        self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None
-    ) -> Plain:
+    def check_teleport(self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None) -> Plain:
         blockers = self.machine.check_teleport(host, port, transport=transport, options=options)
         target = str(Address(transport, host, port))
         return {"ok": not blockers, "target": target, "blockers": plain(blockers)}

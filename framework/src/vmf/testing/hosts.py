@@ -51,14 +51,14 @@ class Host:
         self._teleporter(name, enabled=False)
         return spawn_detached(self.home, name, environment=self.environment)
 
-    def wait(self, name: str) -> int:
-        """Start a machine that waits for a teleport on loopback; the port."""
-        self._teleporter(name, enabled=True)
+    def wait(self, name: str, **settings: Any) -> int:
+        """Start a machine that waits for a teleport on loopback; the port. `settings` are those of TeleporterConfig."""
+        self._teleporter(name, enabled=True, **settings)
         ready = spawn_detached(self.home, name, environment=self.environment)
         return int(ready["address"].rpartition(":")[2])
 
-    def _teleporter(self, name: str, *, enabled: bool) -> None:
-        teleporter = TeleporterConfig(enabled=enabled, port=0, address="127.0.0.1")
+    def _teleporter(self, name: str, *, enabled: bool, **settings: Any) -> None:
+        teleporter = TeleporterConfig(enabled=enabled, port=0, address="127.0.0.1", **settings)
         self.home.update(name, lambda old: evolve(old, teleporter=teleporter))
 
     def client(self, name: str) -> ControlClient:
