@@ -113,8 +113,9 @@ def decide(config: MachineConfig, backend: CpuBackend, registry: PluginRegistry)
     explanation: list[str] = []
     table, khz = own.table, own.tsc_khz
     if wishes.peers:
-        agreement = negotiate([own, *_ask_peers(config, registry)])
-        explanation = agreement.explain()
+        answers = _ask_peers(config, registry)
+        agreement = negotiate([own, *answers])
+        explanation = [f"Asked {', '.join(answer.name for answer in answers)}.", *agreement.explain()]
         if not agreement.possible:
             agreement.contract()  # raises, saying why
         table = agreement.table
