@@ -330,8 +330,10 @@ class KvmVcpu(Vcpu):
             self._run[abi.RUN_IMMEDIATE_EXIT] = 1
         except ValueError:
             return  # closed in this very moment
-        if self._entered and self._kicker is not None:
-            self._kicker.signal()
+        kicker = self._kicker
+        # A device on the vCPU thread itself is not inside KVM_RUN: the flag is enough.
+        if self._entered and kicker is not None and kicker.thread != threading.get_native_id():
+            kicker.signal()
 
     def _inject(self, vector: int) -> None:
         struct.pack_into("<I", self._vector, 0, vector)

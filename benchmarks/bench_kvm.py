@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the KVM backend costs: exits, kicks, deadlines, save and restore, dirty tracking.
 
-    python plugins/cpu_kvm/benchmarks/bench_kvm.py
+    python benchmarks/bench_kvm.py
 
 Sets VMF_KVM_TRUST=1 for itself, so that it measures any KVM; a KVM that fails the self-test is said to be one.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["VMF_KVM_TRUST"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugins/cpu_kvm/tests"))
 
 import conftest as kit
 from vmf.cpu.backend import ExitReason, VcpuEnvironment
