@@ -52,7 +52,7 @@ class Host:
         return spawn_detached(self.home, name, environment=self.environment)
 
     def wait(self, name: str, **settings: Any) -> int:
-        """Start a machine that waits for a teleport on loopback; the port. `settings` are those of TeleporterConfig."""
+        """Start a machine that waits for a teleport on loopback; the port. `settings` as in TeleporterConfig."""
         self._teleporter(name, enabled=True, **settings)
         ready = spawn_detached(self.home, name, environment=self.environment)
         return int(ready["address"].rpartition(":")[2])
