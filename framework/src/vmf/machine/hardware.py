@@ -6,6 +6,7 @@ user may do and when is the business of `vmf.machine.machine`; how a state trave
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from vmf.cpuid.table import CpuidTable
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import InterruptController, IrqLine
 from vmf.errors import ConfigError, ContractOverridden, StateError
+from vmf.machine import switch
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
 from vmf.machine.console import SerialConsole
@@ -115,15 +117,11 @@ class Hardware:
         """Make the vCPU for a contract (again, when there was one). Takes tens of milliseconds."""
 
         def plug() -> None:
-            assert self._controller is not None
             if self._vcpu is not None:
                 self.thread.attach(None)
                 self._vcpu.close()
                 self._vcpu = None
-            environment = VcpuEnvironment(
-                memory=self.memory, bus=self.bus, interrupts=self._controller, cpuid=cpuid, tsc_khz=tsc_khz
-            )
-            vcpu = self.backend.create_vcpu(environment)
+            vcpu = self.backend.create_vcpu(self.vcpu_environment(cpuid, tsc_khz))
             try:
                 self._verify(vcpu, cpuid)
             except BaseException:
@@ -135,7 +133,42 @@ class Hardware:
 
         self.thread.call(plug)
 
-    def _verify(self, vcpu: Vcpu, contract: CpuidTable) -> None:
+    def vcpu_environment(self, cpuid: CpuidTable | None = None, tsc_khz: int = 0) -> VcpuEnvironment:
+        """For a vCPU of this machine, by default under its present contract."""
+        assert self._controller is not None
+        return VcpuEnvironment(
+            memory=self.memory,
+            bus=self.bus,
+            interrupts=self._controller,
+            cpuid=cpuid if cpuid is not None else self.cpuid,
+            tsc_khz=tsc_khz or self.tsc_khz,
+        )
+
+    def exchange_vcpu(self, backend: CpuBackend, new: Vcpu) -> tuple[Vcpu, int]:
+        """Go on with `new`, a vCPU of `backend` made for this machine's contract; see `vmf.machine.switch`.
+
+        Returns the old vCPU, which is the caller's now, and how long the guest stood still, ns. Raises StateError (or
+        what else the new vCPU raises): then the old one goes on.
+        """
+
+        def exchange() -> tuple[Vcpu, int]:
+            begun = time.monotonic_ns()
+            old = self.vcpu
+            self._verify(new, self.cpuid, backend.name)
+            state = old.save()
+            # It may have been this machine's vCPU before, and RAM has been written since.
+            new.invalidate_code(0, self.memory.size)
+            new.restore(state)
+            switch.verify(state, new.save(), backend.name)
+            if self._frozen_tsc is None:
+                new.write_tsc(old.read_tsc())  # the old one has counted on until now
+            self._vcpu, self.backend = new, backend
+            self.thread.attach(new)
+            return old, time.monotonic_ns() - begun
+
+        return self.thread.call(exchange)
+
+    def _verify(self, vcpu: Vcpu, contract: CpuidTable, backend: str = "") -> None:
         """Raise ContractOverridden unless the engine presents the contract, as far as it can tell."""
         presented = vcpu.read_cpuid()
         if presented is None:
@@ -144,8 +177,8 @@ class Hardware:
         if differences:
             reasons = "; ".join(f"{each.field} {each.contract}, presented {each.capability}" for each in differences)
             raise ContractOverridden(
-                f"the CPU backend {self.backend.name} does not present the CPUID contract of machine {self.name}:"
-                f" {reasons}.",
+                f"the CPU backend {backend or self.backend.name} does not present the CPUID contract of machine"
+                f" {self.name}: {reasons}.",
                 differences[0].remedy,
                 tuple(differences),
             )

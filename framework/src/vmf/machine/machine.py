@@ -41,6 +41,8 @@ from vmf.transport.base import Address, Listener
 
 if TYPE_CHECKING:
     from vmf.cpu.state import VcpuState
+    from vmf.machine.switch import SwitchSummary
+    from vmf.machine.trace import TraceSession, TraceSummary
     from vmf.teleport.check import Blocker
     from vmf.teleport.progress import ProgressEvent, TeleportSummary
 
@@ -87,6 +89,7 @@ class Machine:
         self._teleport_done = threading.Event()
         self._teleport_done.set()
         self._listener: Listener | None = None
+        self._trace: TraceSession | None = None
         self._digests: dict[tuple[str, int, int], str] = {}
 
     def __enter__(self) -> Machine:
@@ -133,6 +136,7 @@ class Machine:
                 "cpu_seconds": round(hardware.thread.run_seconds, 3),
                 "tsc_khz": hardware.tsc_khz,
                 "devices": [kind for kind, _ in hardware.device_keys()],
+                "tracing": self._trace is not None,
             }
             if self.contract_origin is not None:
                 answer["cpuid"] = describe_contract(hardware.cpuid, self.contract_origin)
@@ -335,6 +339,8 @@ class Machine:
         self.failure = why
         if self._teleport_cancel is not None:
             self._teleport_cancel.set()
+        if self._trace is not None:
+            self._trace.cancel("the machine failed")
         if self._state in RUNNABLE:
             self.set_state(_S.FAILED)
 
@@ -361,8 +367,9 @@ class Machine:
     # -- ending
 
     def power_off(self) -> None:
-        """Pull the plug; a teleport under way is cancelled first."""
+        """Pull the plug; a teleport or trace under way is cancelled first."""
         self.cancel_teleport(wait=True)
+        self.cancel_trace(wait=True, reason="the machine was powered off")
         with self._lock:
             if self._state in (_S.POWERED_OFF, _S.STOPPING):
                 raise self._illegal("powered off", "running or paused")
@@ -383,6 +390,102 @@ class Machine:
                 self.power_off()
         except InvalidStateError:
             self._scrap()
+
+    # -- another CPU backend, and watching the guest
+
+    def switch_backend(self, name: str) -> SwitchSummary:
+        """Go on with another CPU backend, live; with the present one's name, on a fresh vCPU of it.
+
+        Raises InvalidStateError unless running or paused, PluginError or BackendUnavailable, TeleportBlocked with
+        everything in the machine's CPUID contract that stands against it, or StateError when that backend cannot
+        hold the vCPU's state. After any error the machine goes on as before.
+        """
+        from vmf.machine import switch
+
+        with self._lock:
+            if self._state not in (_S.RUNNING, _S.PAUSED):
+                raise self._illegal("switched to another CPU backend", "running or paused")
+            self._refuse_while_traced("switched to another CPU backend")
+            hardware, level = self.hardware, self._level()
+            if name == "auto":
+                backend = self.registry.choose_cpu_backend(
+                    name, lambda other: "; ".join(map(str, switch.find_blockers(self.name, hardware, other, level)))
+                )
+            else:
+                backend = self.registry.choose_cpu_backend(name)
+            summary = switch.switch(self.name, hardware, backend, level)
+            self.backend_choice = f"switched from {summary.before} to {summary.after} while it ran"
+            return summary
+
+    def trace(
+        self,
+        instructions: int,
+        output: str | Path,
+        *,
+        json_lines: bool = False,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> TraceSummary:
+        """Write the next instructions that the guest executes to a file; returns when they are there.
+
+        The machine goes on meanwhile, slower; from a backend that cannot trace it is switched to one that can, and
+        back. A trace that is cancelled or ends with the machine is a summary too, with `complete` false.
+
+        Args:
+            instructions: how many; a repeated string instruction counts once.
+            output: the file, which is replaced.
+            json_lines: write a JSON object a line instead of text.
+            progress: called about twice a second on this thread.
+
+        Raises InvalidStateError unless running, BackendUnavailable or TeleportBlocked when no backend can trace this
+        machine, MachineError when the file cannot be written.
+        """
+        from vmf.machine.trace import TraceSession, choose_tracer
+
+        if instructions < 1:
+            raise MachineError(f"a trace of {instructions} instructions is none.", "Ask for at least one.")
+        with self._lock:
+            if self._state is not _S.RUNNING:
+                raise self._illegal("traced", "running")
+            self._refuse_while_traced("traced")
+            hardware = self.hardware
+            tracer = choose_tracer(self.registry, self.name, hardware, self._level())
+            session = TraceSession(self.name, hardware, tracer, instructions, Path(output), json_lines)
+            try:
+                session.begin()
+            except BaseException:
+                session.close()
+                raise
+            self._trace = session
+        try:
+            try:
+                session.write(progress)
+            finally:
+                session.end()
+            return session.finish(progress)
+        finally:
+            self._trace = None
+            session.done.set()
+            session.close()
+
+    def cancel_trace(self, *, wait: bool = False, reason: str = "cancelled") -> bool:
+        """End a trace under way; False when there is none."""
+        session = self._trace
+        if session is None:
+            return False
+        session.cancel(reason)
+        if wait:
+            session.done.wait(30)
+        return True
+
+    def _level(self) -> int:
+        return 0 if self.contract_origin is None else self.contract_origin.number
+
+    def _refuse_while_traced(self, action: str) -> None:
+        if self._trace is not None:
+            raise InvalidStateError(
+                f"machine {self.name} is being traced and cannot be {action} now.",
+                f"Wait for it, or cancel it with `vmf controlvm {self.name} trace --cancel`.",
+            )
 
     # -- teleporting out
 
@@ -417,6 +520,7 @@ class Machine:
             going_on = {_S.RUNNING: _S.TELEPORTING, _S.PAUSED: _S.TELEPORTING_PAUSED}
             if self._state not in going_on:
                 raise self._illegal("teleported", "running or paused")
+            self._refuse_while_traced("teleported")
             before = self._state
             cancel = self._teleport_cancel = threading.Event()
             self._teleport_done.clear()
