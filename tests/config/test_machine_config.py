@@ -173,3 +173,31 @@ def test_names() -> None:
     for bad in ("", ".", "..", "a/b", "-a", ".a", "ü", "a b", 5, None):
         with pytest.raises(ConfigError):
             check_name(bad)
+
+
+def test_teleporter_settings_of_the_transport() -> None:
+    teleporter = TeleporterConfig(transport="tls", tls_dir=Path("/srv/tls"), allow=["alpha", "beta.example"])
+    config = MachineConfig(name="vm", memory_mib=1, teleporter=teleporter)
+    assert parse(dump(config), "vm") == config
+    assert teleporter.transport_options() == {"tls_dir": "/srv/tls", "allow": ("alpha", "beta.example")}
+    plain = MachineConfig(name="vm", memory_mib=1)
+    assert "allow" not in dump(plain)
+    assert "tls_dir" not in dump(plain)
+    assert parse(dump(plain), "vm") == plain
+    assert plain.teleporter.transport_options() == {}
+
+
+@pytest.mark.parametrize("settings", [{"allow": ("alpha",)}, {"tls_dir": Path("/srv/tls")}])
+def test_protection_that_the_transport_cannot_give_is_refused(settings: dict[str, Any]) -> None:
+    key = next(iter(settings))
+    with pytest.raises(ConfigErrors, match=rf"teleporter\.{key}.*needs a transport that knows who is there"):
+        MachineConfig(name="vm", memory_mib=1, teleporter=TeleporterConfig(**settings))
+    written = {"name": "vm", "memory_mib": 1, "teleporter": {key: ["a"] if key == "allow" else "/srv/tls"}}
+    with pytest.raises(ConfigErrors, match="--teleporter-transport tls"):
+        MachineConfig.from_dict(written, "vm.toml")
+
+
+@pytest.mark.parametrize("allow", ["alpha", [""], [5], ["a\nb"], ["x"] * 257])
+def test_impossible_allow_lists_are_refused(allow: Any) -> None:
+    with pytest.raises(ConfigErrors, match=r"teleporter\.allow"):
+        MachineConfig(name="vm", memory_mib=1, teleporter=TeleporterConfig(transport="tls", allow=allow))

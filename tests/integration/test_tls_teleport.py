@@ -207,7 +207,7 @@ def machines(
     """In this process, so that something can be planted in the guest's RAM."""
     certificates(*hosts)
     monkeypatch.setenv("VMF_HOME", str(hosts[0].directory))
-    teleporter = evolve(builtin.teleporter, address="127.0.0.1", tls_dir=hosts[1].directory / "tls")
+    teleporter = evolve(builtin.teleporter, address="127.0.0.1", transport="tls", tls_dir=hosts[1].directory / "tls")
     with vmf.Machine(builtin, registry) as source:
         yield source, vmf.Machine(evolve(builtin, name="there", teleporter=teleporter), registry)
 

@@ -436,6 +436,20 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
         for key in ("initrd", "cmdline")
         if values.get(key) and not values.get("kernel")
     ]
+    teleporter = values.get("teleporter", {})
+    if isinstance(teleporter, TeleporterConfig):
+        teleporter = attrs.asdict(teleporter, recurse=False)
+    section = teleporter if isinstance(teleporter, Mapping) else {}
+    found += [
+        Problem(
+            f"teleporter.{key}",
+            _show(section[key]),
+            "needs a transport that knows who is there",
+            'Set teleporter.transport = "tls" (--teleporter-transport tls) or drop it (none).',
+        )
+        for key in ("allow", "tls_dir")
+        if section.get(key) and section.get("transport", "tcp") == "tcp"
+    ]
     devices = values.get("devices", ("pc",))
     found += [
         Problem(

@@ -39,7 +39,9 @@ def tls() -> None:
 
 @tls.command()
 @click.option("--name", "names", multiple=True, metavar="HOST", help="Further name or address of this host.")
-@click.option("--days", type=_DAYS, default=issue.CA_DAYS, show_default=True, help="How long the CA is valid.")
+@click.option(
+    "--days", type=_DAYS, metavar="N", default=issue.CA_DAYS, show_default=True, help="How long the CA is valid."
+)
 @click.option("--force", is_flag=True, help="Replace a CA that is there; what it issued is worthless then.")
 @_DIRECTORY
 def init(names: tuple[str, ...], days: int, force: bool, tls_dir: str | None) -> None:
@@ -66,7 +68,9 @@ def init(names: tuple[str, ...], days: int, force: bool, tls_dir: str | None) ->
 @click.option("--name", "names", multiple=True, metavar="HOST", help="Further name or address of that host.")
 @click.option("--client", "only_client", is_flag=True, help="Only to teleport machines away from it (a source).")
 @click.option("--server", "only_server", is_flag=True, help="Only to receive machines (a target).")
-@click.option("--days", type=_DAYS, default=issue.HOST_DAYS, show_default=True, help="How long they are valid.")
+@click.option(
+    "--days", type=_DAYS, metavar="N", default=issue.HOST_DAYS, show_default=True, help="How long they are valid."
+)
 @click.option("--out", metavar="DIR", help="Where to write them (default: issued/HOST beside the CA).")
 @click.option("--force", is_flag=True, help="Replace certificates that are there.")
 @_DIRECTORY
