@@ -49,6 +49,16 @@ def test_every_simple_method(client: ControlClient, machine: Any) -> None:
     assert machine.state == "poweredoff"
 
 
+def test_a_check_moves_nothing(client: ControlClient, machine: Any) -> None:
+    assert client.check_teleport("there", 1) == {"ok": True, "target": "tcp:there:1", "blockers": []}
+    answer = client.check_teleport("blocked", 1)
+    assert not answer["ok"]
+    assert [blocker["field"] for blocker in answer["blockers"]] == ["memory"]
+    assert machine.state == "running"
+    with pytest.raises(ControlError, match="teleport.check: port 0"):
+        client.check_teleport("there", 0)
+
+
 def test_errors_arrive_as_the_same_class(client: ControlClient) -> None:
     with pytest.raises(InvalidStateError) as caught:
         client.resume()
@@ -291,3 +301,34 @@ def test_every_error_class_survives_the_wire() -> None:
     uncertain = rpc.error_from(rpc.error_object(TeleportUncertain("m", "r", "cafe")))
     assert isinstance(uncertain, TeleportUncertain)
     assert uncertain.teleport_id == "cafe"
+
+
+def test_switch_backend(client: ControlClient, machine: Any) -> None:
+    machine.set("running")
+    assert client.switch_backend("other")["after"] == "other"
+    with pytest.raises(ControlError, match="backend"):
+        client.call("switch_backend", {})
+
+
+def test_a_trace_shows_progress_and_can_be_cancelled_by_another_client(
+    home: Home, client: ControlClient, machine: Any
+) -> None:
+    machine.set("running")
+    seen: list[Any] = []
+    assert client.trace(5, "/tmp/x", json_lines=True, progress=seen.append)["json_lines"] is True
+    assert seen == [{"phase": "tracing", "instructions": 1, "wanted": 5, "per_second": 1}]
+
+    def cancel(event: Any) -> None:
+        with ControlClient.of(home, machine.name) as other:
+            assert other.cancel_trace()
+
+    assert client.trace(5000, "/tmp/x", progress=cancel)["complete"] is False
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"instructions": 0, "output": "/x"}, {"instructions": 1, "output": "x"}, {"instructions": True}]
+)
+def test_a_trace_request_must_make_sense(client: ControlClient, machine: Any, params: dict[str, Any]) -> None:
+    machine.set("running")
+    with pytest.raises(ControlError, match="trace"):
+        client.call("trace", params)

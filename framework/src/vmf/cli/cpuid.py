@@ -31,9 +31,9 @@ def _backend_option(function: F) -> F:
 
 
 def _transport_option(function: F) -> F:
-    return click.option("--transport", default="tcp", show_default=True, metavar="NAME", help="Transport plugin.")(
-        function
-    )
+    tls = click.option("--tls-dir", metavar="DIR", help="This host's certificates, for the transport tls.")
+    plugin = click.option("--transport", default="tcp", show_default=True, metavar="NAME", help="Transport plugin.")
+    return plugin(tls(function))
 
 
 @click.group()
@@ -98,7 +98,9 @@ def show(backend: str, level: str | None, added: tuple[str, ...], removed: tuple
 @click.option("--level", default="0", show_default=True, metavar="N|PROFILE", help="Portability level.")
 @_transport_option
 @json_option
-def compare(others: tuple[str, ...], backend: str, level: str, transport: str, as_json: bool) -> int:
+def compare(
+    others: tuple[str, ...], backend: str, level: str, transport: str, tls_dir: str | None, as_json: bool
+) -> int:
     """Compare this host's CPU backend with others: could a machine made here go there?
 
     The exit status is 1 when one of them cannot honour a contract made here at the given level.
@@ -117,7 +119,7 @@ def compare(others: tuple[str, ...], backend: str, level: str, transport: str, a
 
     parse_level(level)
     here = _here(backend)
-    parties = [here, *_parties(others, transport)]
+    parties = [here, *_parties(others, transport, tls_dir)]
     contract = make_contract(here.capability.table, level, tsc_khz=here.capability.tsc_khz or None)
     results = [(party, honours(contract, here.capability, party.capability, level)) for party in parties[1:]]
     agreement = negotiate([party.capability for party in parties])
@@ -169,7 +171,9 @@ def compare(others: tuple[str, ...], backend: str, level: str, transport: str, a
 @_backend_option
 @_transport_option
 @json_option
-def baseline(others: tuple[str, ...], with_here: bool, backend: str, transport: str, as_json: bool) -> int:
+def baseline(
+    others: tuple[str, ...], with_here: bool, backend: str, transport: str, tls_dir: str | None, as_json: bool
+) -> int:
     """Find the contract that suits all the hosts given, and the command that gives it to a machine.
 
     The exit status is 1 when there is none.
@@ -184,7 +188,7 @@ def baseline(others: tuple[str, ...], with_here: bool, backend: str, transport: 
     from vmf.cpuid.negotiate import negotiate
     from vmf.cpuid.render import agreement_json, summary_rows
 
-    parties = [*([_here(backend)] if with_here else []), *_parties(others, transport)]
+    parties = [*([_here(backend)] if with_here else []), *_parties(others, transport, tls_dir)]
     agreement = negotiate([party.capability for party in parties])
     suggestion = suggest(parties)
     if as_json:
@@ -228,18 +232,19 @@ def _here(backend: str) -> Party:
     return Party(capability.name, chosen.name, capability)
 
 
-def _parties(others: Sequence[str], transport: str) -> list[Party]:
+def _parties(others: Sequence[str], transport: str, tls_dir: str | None) -> list[Party]:
     """All of them, asked at the same time; raises the error of the first that did not answer."""
     from concurrent.futures import ThreadPoolExecutor
 
     from vmf.plugins.bridge import PluginRegistry
 
     registry = PluginRegistry()
+    options = {} if tls_dir is None else {"tls_dir": str(Path(tls_dir).expanduser().absolute())}
     with ThreadPoolExecutor(8, "vmf-ask") as pool:
-        return list(pool.map(lambda other: _party(registry, other, transport), others))
+        return list(pool.map(lambda other: _party(registry, other, transport, options), others))
 
 
-def _party(registry: Any, text: str, transport: str) -> Party:
+def _party(registry: Any, text: str, transport: str, options: dict[str, str]) -> Party:
     from vmf.cpuid.baseline import Party
     from vmf.errors import ConfigError, VmfError
     from vmf.machine.config import split_peer
@@ -254,7 +259,7 @@ def _party(registry: Any, text: str, transport: str) -> Party:
             "Give where a machine waits for a teleport, or a file that `vmf cpuid show --json` printed.",
         )
     try:
-        answer = ask_host(registry, host, port, asker="vmf cpuid", transport=transport)
+        answer = ask_host(registry, host, port, asker="vmf cpuid", transport=transport, options=options)
     except VmfError as error:
         made = type(error)(f"{text} cannot be asked: {error.message}", error.remedy)
         raise made from error

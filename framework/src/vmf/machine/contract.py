@@ -10,7 +10,7 @@ the level "auto" at their common level. Installed policies may restrict it furth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -85,15 +85,25 @@ def peer_label(host: str, port: int) -> str:
 
 
 def ask_host(
-    registry: PluginRegistry, host: str, port: int, *, asker: str = "", transport: str = "tcp"
+    registry: PluginRegistry,
+    host: str,
+    port: int,
+    *,
+    asker: str = "",
+    transport: str = "tcp",
+    options: Mapping[str, Any] | None = None,
 ) -> HostCapability:
     """Ask the machine that waits for a teleport there what its CPU backend can present.
+
+    Args:
+        asker: who asks, for the log there.
+        transport, options: name of the transport plugin, and its own settings.
 
     Raises TransportError when nobody can be reached, TeleportError when there is no answer.
     """
     from vmf.teleport.ask import ask_capability
 
-    channel = registry.transport(transport).connect(Address(transport, host, port), CONNECT_TIMEOUT_S)
+    channel = registry.transport(transport).connect(Address(transport, host, port, options or {}), CONNECT_TIMEOUT_S)
     try:
         return ask_capability(channel, asker, peer_label(host, port))
     finally:
@@ -134,11 +144,17 @@ def decide(config: MachineConfig, backend: CpuBackend, registry: PluginRegistry)
 
 
 def _ask_peers(config: MachineConfig, registry: PluginRegistry) -> Sequence[Capability]:
+    teleporter = config.teleporter
+    # `allow` is about who may come here.
+    options = {key: value for key, value in teleporter.transport_options().items() if key != "allow"}
+
     def ask(peer: str) -> Capability | VmfError:
         try:
             host, port = split_peer(peer)
-            transport = config.teleporter.transport
-            return ask_host(registry, host, port, asker=config.name, transport=transport).capability
+            answer = ask_host(
+                registry, host, port, asker=config.name, transport=teleporter.transport, options=options
+            )
+            return answer.capability
         except VmfError as error:
             return error
 

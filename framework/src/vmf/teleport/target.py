@@ -403,7 +403,7 @@ class _Session:
         blockers = list(machine.check(offer.description))
         blockers += compare_payloads(offer.payloads, payload_kinds(machine))
         blockers += machine.local_blockers("target")
-        if offer.ram_pages != machine.memory.pages and not any(b.field == "memory" for b in blockers):
+        if offer.ram_pages != machine.memory.pages and not any(b.field.startswith("memory") for b in blockers):
             blockers.append(
                 Blocker(
                     "memory",
