@@ -28,6 +28,7 @@ class FakeMachine:
         self.listeners: list[Callable[[str, str], None]] = []
         self.console: list[Callable[[bytes], None]] = []
         self.cancel = threading.Event()
+        self.trace_cancelled = threading.Event()
         self.room = 1 << 30
         self.closed = False
 
@@ -108,6 +109,23 @@ class FakeMachine:
         active = self.state.startswith("teleporting")
         self.cancel.set()
         return active
+
+    def switch_backend(self, backend: str) -> dict[str, Any]:
+        self._need("running")
+        return {"before": "fake", "after": backend, "stopped_ns": 1, "total_ns": 2}
+
+    def trace(
+        self, instructions: int, output: str, json_lines: bool, progress: Callable[[Mapping[str, Any]], None]
+    ) -> dict[str, Any]:
+        self._need("running")
+        progress({"phase": "tracing", "instructions": 1, "wanted": instructions, "per_second": 1})
+        self.trace_cancelled.wait(10 if instructions > 1000 else 0)
+        complete = not self.trace_cancelled.is_set()
+        return {"instructions": instructions, "output": output, "json_lines": json_lines, "complete": complete}
+
+    def cancel_trace(self) -> bool:
+        self.trace_cancelled.set()
+        return True
 
     def teleport_status(self) -> dict[str, Any]:
         return {"active": self.state.startswith("teleporting"), "role": "", "progress": {}, "summary": None}

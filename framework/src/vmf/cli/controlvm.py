@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
 import time
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from vmf.cli.app import json_option
+from vmf.cli.cancelling import Cancelling
 from vmf.cli.common import home, machine_argument, printable, say
+from vmf.cli.watch import switch_backend, trace
 from vmf.control.client import ControlClient
 
 if TYPE_CHECKING:
@@ -34,6 +33,10 @@ def controlvm(ctx: click.Context, name: str) -> None:
       vmf controlvm web teleport --host otherhost --port 6000
     """
     ctx.obj = name
+
+
+controlvm.add_command(switch_backend)
+controlvm.add_command(trace)
 
 
 @controlvm.command()
@@ -164,7 +167,8 @@ def teleport(
 
     view = progress_view("none" if as_json and progress == "auto" else progress)
     where = home()
-    with ControlClient.of(where, name) as machine, _Cancelling(where, name):
+    cancelling = Cancelling(where, name, "teleport", lambda machine: machine.cancel_teleport())
+    with ControlClient.of(where, name) as machine, cancelling:
         try:
             summary = machine.teleport(
                 host,
@@ -251,35 +255,3 @@ def _cancel(name: str, as_json: bool) -> None:
         say(f"The teleport of machine '{name}' is being cancelled.")
     else:
         say(f"There is no teleport of machine '{name}' to cancel.")
-
-
-class _Cancelling:
-    """While inside, the first Ctrl-C cancels the teleport and the second gives up waiting for that."""
-
-    def __init__(self, where: Home, name: str) -> None:
-        self._home = where
-        self._name = name
-        self._asked = False
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._interrupted)
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _interrupted(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        # Straight to the descriptor: the interrupted code may be inside Python's own buffered output.
-        os.write(2, b"\nvmf: cancelling the teleport ...\n")
-        threading.Thread(target=self._ask, name="vmf-cancel", daemon=True).start()
-
-    def _ask(self) -> None:
-        try:
-            with ControlClient.of(self._home, self._name) as machine:
-                cancelled = machine.cancel_teleport()
-            if not cancelled:
-                os.write(2, b"vmf: too late to cancel\n")
-        except Exception as error:  # noqa: BLE001 - the main thread shows what becomes of the teleport
-            os.write(2, f"vmf: cannot cancel: {error}\n".encode())

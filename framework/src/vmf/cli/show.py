@@ -60,7 +60,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Description", config.description),
         ("Memory", f"{config.memory_mib} MiB"),
         ("CPU backend", config.cpu_backend),
-        ("CPU backend in use", live.get("cpu_backend_used")),
+        ("CPU backend in use", _backend_in_use(live)),
         ("CPUID level", config.cpuid.portability_level),
         ("CPUID features set", ", ".join(config.cpuid.set)),
         ("CPUID features removed", ", ".join(config.cpuid.remove)),
@@ -94,6 +94,11 @@ def _contract(cpuid: Any) -> str:
     parts.append(f"{len(cpuid.get('features', ()))} features")
     parts.append(f"{cpuid.get('physical_address_bits')} physical address bits")
     return ", ".join(part for part in parts if part)
+
+
+def _backend_in_use(live: dict[str, Any]) -> str:
+    used = str(live.get("cpu_backend_used") or "")
+    return f"{used}, tracing" if used and live.get("tracing") else used
 
 
 @click.group(name="list")

@@ -110,6 +110,18 @@ class MachineAdapter:
     def cancel_teleport(self) -> bool:
         return self.machine.cancel_teleport()
 
+    def switch_backend(self, backend: str) -> Plain:
+        answer: Plain = plain(self.machine.switch_backend(backend))
+        return answer
+
+    def trace(self, instructions: int, output: str, json_lines: bool, progress: ProgressCallback) -> Plain:
+        summary = self.machine.trace(instructions, output, json_lines=json_lines, progress=progress)
+        answer: Plain = plain(summary)
+        return answer
+
+    def cancel_trace(self) -> bool:
+        return self.machine.cancel_trace()
+
     def teleport_status(self) -> Plain:
         state = self.machine.state
         role = "target" if state is MachineState.TELEPORTING_IN else "source"

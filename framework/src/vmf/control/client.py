@@ -121,6 +121,37 @@ class ControlClient:
         """Ask a teleport under way to stop; False when there is none that can be."""
         return bool(self._mapping("teleport.cancel", timeout=30).get("cancelled"))
 
+    def switch_backend(self, backend: str) -> Plain:
+        """Go on with another CPU backend, live: {"before", "after", "stopped_ns", "total_ns"}."""
+        return self._mapping("switch_backend", {"backend": backend}, timeout=60)
+
+    def trace(
+        self,
+        instructions: int,
+        output: str,
+        *,
+        json_lines: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Plain:
+        """Have the machine's process write the guest's next instructions to a file; blocks, gives the summary.
+
+        Args:
+            output: absolute path of the file, which is replaced.
+            json_lines: a JSON object a line instead of text.
+            progress: called about twice a second, on this thread.
+        """
+        params = {"instructions": instructions, "output": output, "json_lines": json_lines}
+
+        def notified(method: str, content: Mapping[str, Any]) -> None:
+            if method == "trace.progress" and progress is not None:
+                progress(content.get("progress", {}))
+
+        return self._mapping("trace", params, notified=notified)
+
+    def cancel_trace(self) -> bool:
+        """End a trace under way, with what there is; False when there is none."""
+        return bool(self._mapping("trace.cancel", timeout=30).get("cancelled"))
+
     def teleport_status(self) -> Plain:
         return self._mapping("teleport.status", timeout=30)
 

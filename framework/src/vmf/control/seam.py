@@ -64,6 +64,15 @@ class ControlledMachine(Protocol):
     def cancel_teleport(self) -> bool:
         """Ask a teleport under way, in or out, to stop; False when there is none that could be. Does not wait."""
 
+    def switch_backend(self, backend: str) -> Plain:
+        """Go on with another CPU backend: {"before", "after", "stopped_ns", "total_ns"}."""
+
+    def trace(self, instructions: int, output: str, json_lines: bool, progress: ProgressCallback) -> Plain:
+        """Write the next instructions of the guest to a file; blocks until they are there and gives the summary."""
+
+    def cancel_trace(self) -> bool:
+        """Ask a trace under way to end; False when there is none. Does not wait."""
+
     def teleport_status(self) -> Plain:
         """{"active": bool, "role": "source"|"target"|"", "progress": the last event, "summary": of the last one}."""
 

@@ -3,8 +3,8 @@
 Theory of operation. One thread accepts; each connection has a reader thread, which handles requests in order, and a
 writer thread behind a bounded queue. So nothing that a client does or fails to do can hold up the machine: a state
 listener or progress callback only puts a line into a queue, and a client whose queue is full is disconnected
-(progress is thinned out before that). A teleport runs on a thread of its own, so that its connection can still
-cancel it; it goes on when the client has gone.
+(progress is thinned out before that). A teleport, or a trace, runs on a thread of its own, so that its connection can
+still cancel it; it goes on when the client has gone.
 
 `close` first lets requests in flight finish and be answered: the answer to `poweroff` must leave before the process.
 """
@@ -51,10 +51,20 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
     "teleport.check": {"host": (str,), "port": (int,), "transport": (str,), "options": (dict,)},
     "teleport.cancel": {},
     "teleport.status": {},
+    "switch_backend": {"backend": (str,)},
+    "trace": {"instructions": (int,), "output": (str,), "json_lines": (bool,)},
+    "trace.cancel": {},
     "events.subscribe": {},
 }
 """Every method with its parameters and their types; `_REQUIRED` says which must be there."""
-_REQUIRED = {"teleport": ("host", "port"), "teleport.check": ("host", "port")}
+_REQUIRED = {
+    "teleport": ("host", "port"),
+    "teleport.check": ("host", "port"),
+    "switch_backend": ("backend",),
+    "trace": ("instructions", "output"),
+}
+LONG = ("teleport", "trace")
+"""Methods that run on threads of their own, with progress notifications."""
 
 
 class ControlServer:
@@ -144,7 +154,7 @@ class ControlServer:
     # -- methods
 
     def call(self, method: str, params: Mapping[str, Any]) -> Any:
-        """Everything but `teleport` and `events.subscribe`."""
+        """Everything but `LONG` and `events.subscribe`."""
         machine = self.machine
         simple: dict[str, Callable[[], Any]] = {
             "info": machine.info,
@@ -157,6 +167,8 @@ class ControlServer:
             ),
             "teleport.cancel": lambda: {"cancelled": machine.cancel_teleport()},
             "teleport.status": machine.teleport_status,
+            "switch_backend": lambda: machine.switch_backend(params["backend"]),
+            "trace.cancel": lambda: {"cancelled": machine.cancel_trace()},
         }
         answer = simple[method]()
         return {} if answer is None else answer
@@ -186,6 +198,12 @@ class ControlServer:
             )
         finally:
             self._teleporting.release()
+
+    def trace(self, params: Mapping[str, Any], progress: Callable[[Mapping[str, Any]], None]) -> Any:
+        """Write one trace; blocks."""
+        return self.machine.trace(
+            params["instructions"], params["output"], params.get("json_lines", False), progress
+        )
 
 
 def _options(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,11 +305,11 @@ class _Connection:
                 code = rpc.METHOD_NOT_FOUND if unknown else rpc.INVALID_PARAMS
                 self.send({"id": identifier, "error": rpc.error_object(error) | {"code": code}})
                 return
-            if method == "teleport":
+            if method in LONG:
                 # Begun here, so that the connection's next request (a cancel, say) comes after it.
                 begun = threading.Event()
                 threading.Thread(
-                    target=self._teleport, args=(identifier, params, begun), name="vmf-teleport", daemon=True
+                    target=self._long, args=(identifier, method, params, begun), name=f"vmf-{method}", daemon=True
                 ).start()
                 begun.wait()
             elif method == "events.subscribe":
@@ -300,14 +318,15 @@ class _Connection:
             else:
                 self._answer(identifier, lambda: self._server.call(method, params))
 
-    def _teleport(self, identifier: str | int, params: Mapping[str, Any], begun: threading.Event) -> None:
+    def _long(self, identifier: str | int, method: str, params: Mapping[str, Any], begun: threading.Event) -> None:
         def progress(event: Mapping[str, Any]) -> None:
             note = {"request": identifier, "progress": dict(event)}
-            self.send({"method": "teleport.progress", "params": note}, optional=True)
+            self.send({"method": f"{method}.progress", "params": note}, optional=True)
 
         with self._server.busy():
             begun.set()
-            self._answer(identifier, lambda: self._server.teleport(params, progress))
+            work = self._server.teleport if method == "teleport" else self._server.trace
+            self._answer(identifier, lambda: work(params, progress))
 
     def _answer(self, identifier: str | int, work: Callable[[], Any]) -> None:
         try:
@@ -335,6 +354,11 @@ def _checked(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     for name in _REQUIRED.get(method, ()):
         if name not in params:
             raise ControlError(f"{method} lacks the parameter {name!r}.", "Add it.")
+    if method == "trace":
+        if params["instructions"] < 1:
+            raise ControlError("trace: at least one instruction is needed.", "Ask for more.")
+        if not params["output"].startswith("/"):
+            raise ControlError("trace: the output is not an absolute path.", "Give it from the root on.")
     if method in ("teleport", "teleport.check"):
         if not 1 <= params["port"] <= 65535:
             raise ControlError(f"{method}: port {params['port']} is outside 1 to 65535.", "Give the target's port.")
