@@ -19,7 +19,7 @@ from vmf.cpuid.negotiate import Capability
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import ContractOverridden, MachineError, VmfError
 from vmf.machine.config import CpuidConfig, MachineConfig
-from vmf.machine.machine import Machine
+from vmf.machine.machine import Machine, wait_until
 from vmf.machine.teleport_view import TeleportView
 from vmf.plugins.bridge import PluginRegistry
 from vmf.testing.cpuid_tables import MILAN, NEHALEM, QEMU64, SKYLAKE_SP
@@ -288,3 +288,40 @@ def test_an_unreachable_peer_prevents_the_start(hosts: tuple[Host, Host], builti
     ok(source, "modifyvm", "box", "--teleport-peer", "none", "--cpuid-portability-level", "3")
     ok(source, "startvm", "box", "--detach")
     assert json.loads(ok(source, "showvminfo", "box", "--json"))["live"]["cpuid"]["level"] == "3"
+
+
+# Linux
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize(
+    ("peer", "vendor", "has", "lacks"),
+    [
+        (MILAN, "AuthenticAMD", "popcnt", "avx"),
+        (QEMU64, "AuthenticAMD", "sse2", "popcnt"),
+        (NEHALEM, "GenuineIntel", "popcnt", "aes"),
+    ],
+    ids=["milan", "qemu64", "nehalem"],
+)
+def test_linux_sees_what_was_negotiated_and_counts_by_the_tsc(
+    shell: MachineConfig, registry: PluginRegistry, peer: CpuidTable, vendor: str, has: str, lacks: str
+) -> None:
+    """An AMD contract needs the TSC's rate on the command line: else Linux counts jiffies, and loses time."""
+    khz = registry.cpu_backend("unicorn").tsc_khz()
+    output = bytearray()
+    with waiting(shell, registry, Capability(peer, khz, False, "kvm")) as port:
+        config = evolve(shell, cmdline=None, cpuid=CpuidConfig("auto", peers=(f"127.0.0.1:{port}",)))
+        with Machine(config, registry) as machine:
+            machine.console.add_listener(output.extend)
+            machine.start()
+            assert wait_until(lambda: b"# " in output, 120), bytes(output[-500:])
+            machine.type(b"cat /sys/devices/system/clocksource/*/current_cl* /proc/cpuinfo; echo FIN''ISHED\n")
+            assert wait_until(lambda: b"FINISHED" in output, 60), bytes(output[-500:])
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
+    assert "tsc" in lines, "the clock source"
+    assert f"vendor_id\t: {vendor}" in lines
+    (flags,) = {line for line in lines if line.startswith("flags\t")}
+    assert has in flags.split()
+    assert lacks not in flags.split()
+    (rate,) = {line.partition(": ")[2] for line in lines if line.startswith("cpu MHz")}
+    assert abs(float(rate) * 1000 - khz) < 1
