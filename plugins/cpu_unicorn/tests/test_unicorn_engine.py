@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +140,20 @@ def test_tsc_rate_is_stable() -> None:
     time.sleep(0.05)
     rate = (tsc.host_tsc() - first) * 1e6 / (time.monotonic_ns() - begin)
     assert abs(rate - tsc.host_tsc_khz()) < tsc.host_tsc_khz() * 0.01
+
+
+@pytest.mark.parametrize("kept", ["", "nonsense", "1", "99999999"])
+def test_a_kept_tsc_rate_that_cannot_be_is_measured_again(
+    kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tsc.host_tsc_khz()
+    monkeypatch.setenv("VMF_CACHE", str(tmp_path))
+    tsc.host_tsc_khz.cache_clear()
+    place = tsc._cache_file()
+    assert place is not None
+    place.write_text(kept)
+    try:
+        assert abs(tsc.host_tsc_khz() - right) < right / 1000
+        assert abs(int(place.read_text()) - right) < right / 1000
+    finally:
+        tsc.host_tsc_khz.cache_clear()

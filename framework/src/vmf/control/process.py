@@ -216,14 +216,14 @@ def spawn_detached(home: Home, name: str, *, environment: Mapping[str, str] | No
         ) as output:
             child = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "vmf.control.process"),
+                    *(sys.executable, "-P", "-m", "vmf.control"),
                     *(name, str(home.data), str(home.runtime), str(writer)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 pass_fds=(writer,),
-                env=None if environment is None else dict(environment),
+                env={"OPENBLAS_NUM_THREADS": "1", **(os.environ if environment is None else environment)},
                 start_new_session=True,
                 cwd="/",
             )
@@ -291,7 +291,8 @@ class _Reporter(Observer):
         log.info("%s", text)
 
 
-def _main() -> int:
+def main() -> int:
+    """Of `python -m vmf.control`, which `spawn_detached` starts."""
     name, data, runtime, descriptor = sys.argv[1:5]
     os.set_inheritable(int(descriptor), False)
     logging.basicConfig(
@@ -305,7 +306,3 @@ def _main() -> int:
         reporter.tell({"error": rpc.error_object(error)})
         return error.exit_status if isinstance(error, VmfError) else 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
