@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from vmf.machine.hardware import Hardware
     from vmf.plugins.bridge import PluginRegistry
 
-MAX_QUEUED = 8
-"""Batches (of a few thousand records, some hundred bytes each) that may wait to be written."""
+MAX_QUEUED = 16
+"""Batches (of some hundred records, a few hundred bytes each) that may wait to be written."""
 HOLD_NS = 5_000_000
 """How long the vCPU thread waits for the writer before it looks for other work."""
 PROGRESS_SECONDS = 0.5
@@ -110,7 +110,10 @@ def choose_tracer(registry: PluginRegistry, name: str, hardware: Hardware, level
 def open_output(path: Path) -> IO[str]:
     """The file, empty; only its owner may read it, since a trace shows what the guest works with."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # Non-blocking, so that a pipe that nobody reads is an error and not a wait.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+        os.set_blocking(descriptor, True)
         return open(descriptor, "w", encoding="utf-8", buffering=1 << 20)
     except OSError as error:
         raise MachineError(

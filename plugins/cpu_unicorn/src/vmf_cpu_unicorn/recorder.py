@@ -43,8 +43,9 @@ from vmf_cpu_unicorn.convert import FLAG_DF, FLAGS_ARITHMETIC
 from vmf_cpu_unicorn.engine import Engine
 from vmf_cpu_unicorn.thunks import R8, R9, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Assembler
 
-CAPACITY = 4096
-"""Instructions in a batch, at most."""
+CAPACITY = 512
+"""Instructions in a batch, at most. When whoever takes them lags behind, the guest stands still for a batch: for
+some milliseconds, less than a tick of its timer."""
 RESERVE = 64
 """Records beyond that for events, of which each needs no instruction."""
 

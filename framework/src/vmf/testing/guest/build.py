@@ -11,12 +11,16 @@ SOURCE = Path(__file__).with_name("demo.S")
 LOAD_ADDRESS = 0x100000
 
 
-def build(source: Path = SOURCE) -> bytes:
-    """The flat image. Raises FileNotFoundError without binutils, CalledProcessError with as's complaints."""
+def build(source: Path = SOURCE, *defined: str) -> bytes:
+    """The flat image, with these symbols defined.
+
+    Raises FileNotFoundError without binutils, CalledProcessError with as's complaints.
+    """
+    symbols = " ".join(f"--defsym {name}=1" for name in defined)
     with tempfile.TemporaryDirectory(prefix="vmf-guest-") as folder:
         made = Path(folder)
         for command in (
-            f"as --64 -o {made}/demo.o {source}",
+            f"as --64 {symbols} -o {made}/demo.o {source}",
             f"ld -m elf_x86_64 -nostdlib --build-id=none -Ttext={LOAD_ADDRESS:#x} -o {made}/demo.elf {made}/demo.o",
             f"objcopy -O binary -j .text {made}/demo.elf {made}/demo.bin",
         ):

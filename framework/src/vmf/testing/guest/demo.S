@@ -7,7 +7,8 @@
 #   - print "tick N CHECKSUM" four times a second, and a status line once a second (see vmf.testing.serial_check);
 #   - echo a typed line as "echo: LINE";
 #   - halt until the next interrupt.
-# Build: build.py in this folder; the result, demo.bin, is in the tree.
+# Build: build.py in this folder; the result, demo.bin, is in the tree. With INTEGER_ONLY defined it does without SSE
+# and x87, for KVMs that emulate ring 0 (and slowly: it walks fewer pages then).
 
         .intel_syntax noprefix
         .code64
@@ -28,7 +29,13 @@
         .set RX,         VARS + 0x100   # ring of 256 bytes
         .set LINE,       VARS + 0x200   # the line being typed, 128 bytes
         .set FIRST_PAGE, 0x140000 >> 12 # of the memory that is walked
+        .ifdef INTEGER_ONLY
+        .set MOST_PAGES, 32
+        .set AT_ONCE,    2
+        .else
         .set MOST_PAGES, 2048
+        .set AT_ONCE,    64             # pages between two looks at the clock
+        .endif
         .set COM1,       0x3F8
         .set CODE,       0x10
         .set HZ,         100
@@ -93,7 +100,7 @@ port:   movzx edx, word ptr [rsi]
         sti
 
 forever:
-        mov ebp, 64
+        mov ebp, AT_ONCE
 slice:  call walk_page
         dec ebp
         jnz slice
@@ -116,6 +123,24 @@ walk_page:
         shl rax, 32
         mov rcx, rdx
         sub rcx, rax                    # last time
+        .ifdef INTEGER_ONLY
+        mov r8, rcx
+        xor r9d, r9d
+        mov ecx, 512
+1:      mov rax, [rdi]
+        xor rax, r8
+        or r9, rax
+        mov [rdi], rdx
+        inc r8
+        inc rdx
+        add rdi, 8
+        dec ecx
+        jnz 1b
+        test r12, r12
+        jz 2f
+        test r9, r9
+        jz 2f
+        .else
         movq xmm0, rcx
         inc rcx
         movq xmm5, rcx
@@ -145,6 +170,7 @@ walk_page:
         movq rdx, xmm3
         or rax, rdx
         jz 2f
+        .endif
         lea rsi, [rip + bad_memory]
         call complain
         mov rax, rbx
@@ -160,6 +186,9 @@ walk_page:
 
 # The same sum every time: bit for bit what it was the first time?
 arithmetic:
+        .ifdef INTEGER_ONLY
+        ret
+        .endif
         movsd xmm0, [rip + one_quarter]
         movsd xmm1, [rip + factor]
         mov ecx, 1
