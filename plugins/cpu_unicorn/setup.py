@@ -6,14 +6,15 @@ from setuptools import Extension, setup
 
 extensions = []
 if sys.platform == "linux":
-    extensions.append(
+    extensions += [
         Extension(
-            "vmf_cpu_unicorn._gate",
-            ["src/vmf_cpu_unicorn/_gate.c"],
+            f"vmf_cpu_unicorn.{name}",
+            [f"src/vmf_cpu_unicorn/{name}.c"],
             extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
             optional=True,
         )
-    )
+        for name in ("_gate", "_stores")
+    ]
 
 setup(ext_modules=extensions)

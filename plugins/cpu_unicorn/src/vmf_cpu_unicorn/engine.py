@@ -53,6 +53,11 @@ INTERNALS = (
     "tb_invalidate_phys_range", "update_fp_status", "update_mxcsr_status", "check_exit_request",
     "cpu_x86_update_dr7",
 )  # fmt: skip
+# What fast_stores.py puts itself in front of or calls.
+STORE_INTERNALS = (
+    "helper_ret_stb_mmu", "helper_le_stw_mmu", "helper_le_stl_mmu", "helper_le_stq_mmu",
+    "tlb_reset_dirty_by_vaddr", "tlb_set_dirty", "tb_invalidate_phys_range", "qemu_ram_addr_from_host",
+)  # fmt: skip
 
 
 class Library:
@@ -78,7 +83,7 @@ class Library:
                 _REINSTALL,
             )
         self.address: dict[str, int] = {}
-        for name in INTERNALS:
+        for name in (*INTERNALS, *STORE_INTERNALS):
             try:
                 self.address[name] = self._address(f"{name}_x86_64")
             except AttributeError:

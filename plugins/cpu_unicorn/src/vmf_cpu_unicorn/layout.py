@@ -86,6 +86,15 @@ HF2_NMI_MASKED = 1 << 2
 REQUEST_VIRQ = 0x100
 REQUEST_NMI = 0x200
 
+# Places in the library's image, from where it is loaded; _stores.c looks at what stands there before it relies on it.
+STORE_HELPERS = 0x14336C0
+"""The table of helpers for stores of 1, 2, 4 and 8 bytes, from which translated code is made."""
+SLOT_RESET_DIRTY = 0x14C67F8
+SLOT_SET_DIRTY = 0x14BFCE8
+"""Slots of the global offset table for tlb_reset_dirty_by_vaddr and tlb_set_dirty."""
+MMU_MODES_SIZE = 48
+"""The three descriptors (mask, table) of the TLBs, which end where the instruction counter begins."""
+
 CC_OP_EFLAGS = 1
 VMCB_INT_VECTOR = 0x64
 """Where in the page at vm_vmcb the engine reads a virtual interrupt's vector."""

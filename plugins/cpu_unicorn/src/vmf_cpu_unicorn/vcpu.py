@@ -20,7 +20,7 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import StateError
-from vmf_cpu_unicorn import convert, gates
+from vmf_cpu_unicorn import convert, fast_stores, gates
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import (
     HOOK_INSN,
@@ -107,6 +107,7 @@ class UnicornVcpu(Vcpu):
         except BaseException:
             engine.close()
             raise
+        self.fast_stores = fast_stores.attach(engine, self._cpu, memory)
         try:
             self._install_hooks()
             self.restore(reset_state(environment.tsc_khz, environment.cpuid.lookup(1, 0).eax))
@@ -248,4 +249,5 @@ class UnicornVcpu(Vcpu):
                 return
             self._closed = True
         self._gate.close()
+        fast_stores.detach(self._cpu)
         self._engine.close()
