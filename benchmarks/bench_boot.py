@@ -15,7 +15,6 @@ from pathlib import Path
 
 from common import machine_line, median, table
 from peer import PROGRAM, Qemu, version
-
 from vmf.machine.config import MachineConfig
 from vmf.testing.guests import linux_guest
 from vmf.testing.hosts import Host

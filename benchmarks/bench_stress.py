@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 from common import machine_line, median, table
-
 from vmf.machine.config import MachineConfig
 from vmf.testing.guests import selfcheck_guest
 from vmf.testing.hosts import Host

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+
 from common import MemoryWatch, loopback_ceiling, machine_line, median, table
 from peer import PROGRAM, Qemu, version
-
 from vmf.machine.config import MachineConfig
 from vmf.testing.guests import LinuxGuest, linux_guest, selfcheck_guest
 from vmf.testing.hosts import Host
@@ -97,7 +97,12 @@ def teleport_vmf(case: Case, runs: int) -> list[Result]:
             peaks = [watch.stop() for watch in watches]
             results.append(
                 Result(
-                    total_ms, summary["downtime_ns"] / 1e6, summary["rounds"], summary["bytes"] / 2**20, peaks[0], peaks[1]
+                    total_ms,
+                    summary["downtime_ns"] / 1e6,
+                    summary["rounds"],
+                    summary["bytes"] / 2**20,
+                    peaks[0],
+                    peaks[1],
                 )
             )
             source.wait_gone("bench")

@@ -74,7 +74,9 @@ class Qemu:
     def __enter__(self) -> Qemu:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def command(self, execute: str, **arguments: Any) -> Any:

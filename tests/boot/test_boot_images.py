@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vmf.cpu.state import VcpuState
 from vmf.errors import ConfigError, ImageError, VmfError
 from vmf.machine.boot import ImageKind, identify, load_guest, load_image, load_linux

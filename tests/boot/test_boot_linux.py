@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vmf.errors import ConfigError, ImageError
 from vmf.machine.boot import default_cmdline, load_guest, load_linux
 from vmf.machine.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, MIB, GuestMemory

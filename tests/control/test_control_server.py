@@ -55,7 +55,7 @@ def test_a_check_moves_nothing(client: ControlClient, machine: Any) -> None:
     assert not answer["ok"]
     assert [blocker["field"] for blocker in answer["blockers"]] == ["memory"]
     assert machine.state == "running"
-    with pytest.raises(ControlError, match="teleport.check: port 0"):
+    with pytest.raises(ControlError, match=r"teleport\.check: port 0"):
         client.check_teleport("there", 0)
 
 

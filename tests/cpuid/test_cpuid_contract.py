@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from attrs import evolve
+
 from vmf.cpuid import Capability, CpuidError, CpuidTable, blockers, compare, diff, make_contract, negotiate, without
 from vmf.cpuid.compare import compare_tsc, fold, level_that_avoids, notes
 from vmf.cpuid.contract import with_tsc

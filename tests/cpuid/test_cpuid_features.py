@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from vmf.cpuid.bits import ALIASES, FEATURE_BITS, FEATURE_MASKS, NEEDS
 from vmf.cpuid.features import (
     BY_NAME,

@@ -7,6 +7,7 @@ import itertools
 from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vmf.cpuid import Capability, CpuidError, CpuidRegisters, CpuidTable, compare, diff, make_contract, negotiate
 from vmf.cpuid.bits import FEATURE_MASKS, MIRRORS
 from vmf.cpuid.compare import level_that_avoids

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from vmf.cpuid import Capability, CpuidTable, compare, make_contract, negotiate
 from vmf.cpuid.render import (
     agreement_json,

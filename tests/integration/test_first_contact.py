@@ -44,7 +44,8 @@ def test_pip_install_without_a_compiler_gives_a_working_teleport(tmp_path: Path)
     python = str(home / "bin" / "python")
     tree = tmp_path / "tree"
     run("git", "clone", "--quiet", str(TREE), str(tree))
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(tree), timeout=500, CC="/bin/false")
+    pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "install", str(tree), timeout=500, CC="/bin/false")
     plugins = run(str(home / "bin" / "vmf"), "list", "plugins")
     assert "python gate" in plugins, plugins
     shown = run(str(home / "bin" / "vmf"), "demo", "--guest", "builtin", "--hops", "1", "--stay", "0.5")

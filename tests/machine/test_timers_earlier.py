@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+
 from vmf.cpu.backend import ExitReason, Vcpu, VmExit
 from vmf.cpu.state import VcpuState
 from vmf.machine.clock import MachineClock

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from vmf.device.base import Device, DeviceEnvironment
 from vmf.device.interrupts import InterruptController, IrqLine
 from vmf.machine.bus import Bus

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from vmf_device_pc.pit import FREQUENCY_HZ, from_bcd, ns_of, ticks_at, to_bcd
 
 SECOND = 10**9

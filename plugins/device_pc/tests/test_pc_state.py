@@ -9,6 +9,7 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vmf.device.base import Payload
 from vmf.errors import StateError
 from vmf_device_pc import plugin

@@ -184,7 +184,8 @@ def _report(summaries: list[Mapping[str, Any]], output: bytes) -> None:
     if not numbers or gaps or b"MISMATCH" in output:
         raise MachineError(f"The guest's count is broken: {len(numbers)} ticks, wrong after {gaps[:5]}.")
     say(
-        f"The guest counted from {numbers[0]} to {numbers[-1]} across {len(summaries)} teleports: none missing, none twice."
+        f"The guest counted from {numbers[0]} to {numbers[-1]} "
+        f"across {len(summaries)} teleports: none missing, none twice."
     )
 
 

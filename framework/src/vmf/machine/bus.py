@@ -49,7 +49,7 @@ class Bus:
 
     def claim_ports(self, owner: str, base: int, size: int, handler: IoHandler) -> None:
         """Claim I/O ports [base, base+size). Raises ConfigError naming both owners on overlap."""
-        if not (0 <= base and 0 < size and base + size <= 0x10000):
+        if not (base >= 0 and size > 0 and base + size <= 0x10000):
             raise ConfigError(f"{owner} claims impossible ports {base:#x}+{size:#x}.")
         for other in self._ports:
             if base < other.base + other.size and other.base < base + size:

@@ -49,7 +49,7 @@ class _Call:
     def __call__(self) -> None:
         try:
             self.result = self.function()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again at the caller
             self.error = error
         finally:
             self.done.set()
@@ -66,8 +66,13 @@ class VcpuThread:
         on_exit: Callable[[VmExit], None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        """`on_exit` gets SHUTDOWN and ERROR exits and a HALTED that no interrupt can end, `on_crash` what a device or posted callable raised; both on the
-        thread, with the vCPU no longer running."""
+        """Start the thread, with nothing to run yet.
+
+        Args:
+            on_exit: gets SHUTDOWN and ERROR exits, and a HALTED that no interrupt can end.
+            on_crash: gets what a device or a posted callable raised.
+                Both are called on the thread, with the vCPU no longer running.
+        """
         self._clock = clock
         self._timers = timers
         self._on_exit = on_exit
@@ -143,7 +148,7 @@ class VcpuThread:
         while not self._closing:
             try:
                 self._step()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - becomes the machine's failure
                 self._running = False
                 self._on_crash(error)
 

@@ -76,6 +76,12 @@ NAMES: Final[Mapping[int, str]] = {
 }  # fmt: skip
 
 
+def amd_value(index: int, value: int) -> int:
+    """What an AMD processor keeps of a value: its SYSENTER_ESP and SYSENTER_EIP have 32 bits, since it has no SYSENTER
+    in long mode (AMD APM vol. 3, SYSENTER). A 64-bit Linux writes addresses of 64 bits there all the same."""
+    return value & 0xFFFF_FFFF if index in (MSR_IA32_SYSENTER_ESP, MSR_IA32_SYSENTER_EIP) else value
+
+
 def describe(index: int) -> str:
     """`MSR 0x48 (IA32_SPEC_CTRL)`."""
     name = NAMES.get(index)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmf.device.base import Device, DeviceEnvironment, Payload
-
 from vmf_device_pc import fields
 from vmf_device_pc.ports import Port, read_ones
 

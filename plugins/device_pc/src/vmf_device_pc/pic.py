@@ -18,7 +18,6 @@ from typing import Any
 
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.errors import ConfigError, StateError
-
 from vmf_device_pc import fields
 from vmf_device_pc.ports import Port
 

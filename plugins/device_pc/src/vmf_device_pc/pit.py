@@ -21,7 +21,6 @@ from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import IrqLine
 from vmf.errors import StateError
 from vmf.machine.clock import MachineClock
-
 from vmf_device_pc import fields
 from vmf_device_pc.ports import Port, read_ones
 

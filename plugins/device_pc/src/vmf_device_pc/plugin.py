@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from vmf.device.base import Device, DeviceEnvironment
 from vmf.plugins import hookimpl
-
 from vmf_device_pc.cmos import CmosRtc
 from vmf_device_pc.control import SystemControl
 from vmf_device_pc.pic import Pic8259

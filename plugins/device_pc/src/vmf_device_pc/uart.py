@@ -20,7 +20,6 @@ from __future__ import annotations
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import IrqLine
 from vmf.errors import StateError
-
 from vmf_device_pc import fields
 from vmf_device_pc.ports import Port
 
