@@ -164,12 +164,13 @@ def test_half_done_input_is_completed_by_save(rig: Any, kit: Any, make_rig: Any)
     assert rig.vcpu.save().rip == kit.CODE_AT + 5
 
 
-def test_an_msr_that_is_not_kept_whole_is_named(rig: Any, kit: Any, pvm: bool) -> None:
+def test_sysenter_of_a_64_bit_guest_on_amd(rig: Any, kit: Any, pvm: bool) -> None:
+    """Linux writes 64 bits into MSRs of which an AMD processor has 32: on another backend it may have kept them all."""
     if pvm or rig.contract.vendor != "AuthenticAMD":
         pytest.skip("only AMD's SYSENTER MSRs are narrower than what KVM takes")
     state = kit.entry_state(rig.tsc_khz)
-    with pytest.raises(StateError, match="SYSENTER_ESP"):
-        rig.vcpu.restore(kit.changed(state, msrs={**state.msrs, 0x175: 1 << 40}))
+    rig.vcpu.restore(kit.changed(state, msrs={**state.msrs, 0x175: 0xFFFF_FE00_0000_3000}))
+    assert rig.vcpu.save().msrs[0x175] & 0xFFFF_FFFF == 0x3000
 
 
 @pytest.mark.parametrize(
