@@ -198,8 +198,8 @@ def test_stock_debian_boots_on_kvm_to_a_shell_that_answers(kvm_lab: Lab, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_debian_is_switched_to_unicorn_and_back_under_stress(kvm_lab: Lab, tmp_path: Path) -> None:
-    """KVM -> Unicorn -> KVM and a trace, five rounds, while the guest checks itself."""
-    command = ["python3", "tests/lab/payload/switch_debian.py", "--rounds", "5"]
+    """KVM -> Unicorn -> KVM and a trace, three rounds, while the guest checks itself."""
+    command = ["python3", "tests/lab/payload/switch_debian.py", "--rounds", "3"]
     result = kvm_lab.run(command, timeout=800, directory=tmp_path / "back")
     print(result.stdout)
     assert result.status == 0, result.stdout + result.stderr
