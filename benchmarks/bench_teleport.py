@@ -19,7 +19,7 @@ from typing import Any
 
 from attrs import frozen
 
-from common import MemoryWatch, loopback_ceiling, machine_line, median, table
+from common import MemoryWatch, loopback_ceiling, machine_line, median, table, warm_host_memory
 from peer import PROGRAM, Qemu, version
 from vmf.machine.config import MachineConfig
 from vmf.testing.guests import LinuxGuest, linux_guest, selfcheck_guest
@@ -38,13 +38,15 @@ class Case:
     program: str | None
     ready: bytes
     runs: int
+    warm_mib: int
+    """As much as the target will touch; see `warm_host_memory`."""
 
 
 CASES = {
-    "a": Case("256 MiB, idle", 256, None, b"vmf: init is running", 3),
-    "b": Case("256 MiB, dirtying 64 MiB/s", 256, "dirty 64", b"dirtying", 3),
-    "c": Case("4 GiB, 2 GiB incompressible", 4096, "fill 2048", b"filled", 2),
-    "d": Case("16 GiB, almost untouched", 16384, None, b"vmf: init is running", 2),
+    "a": Case("256 MiB, idle", 256, None, b"vmf: init is running", 3, 256),
+    "b": Case("256 MiB, dirtying 64 MiB/s", 256, "dirty 64", b"dirtying", 3, 512),
+    "c": Case("4 GiB, 2 GiB incompressible", 4096, "fill 2048", b"filled", 3, 3072),
+    "d": Case("16 GiB, almost untouched", 16384, None, b"vmf: init is running", 3, 1024),
 }
 
 
@@ -89,6 +91,7 @@ def teleport_vmf(case: Case, runs: int) -> list[Result]:
         for _ in range(runs):
             time.sleep(SETTLE_SECONDS)
             port = target.wait("bench")
+            warm_host_memory(case.warm_mib)
             watches = [MemoryWatch(host.pid("bench") or 0) for host in (source, target)]
             with source.client("bench") as client:
                 started = time.monotonic()
@@ -120,6 +123,7 @@ def migrate_qemu(case: Case, runs: int) -> list[dict[str, Any]]:
             time.sleep(SETTLE_SECONDS)
             target = Qemu(guest.kernel, guest.initrd, guest.cmdline, case.memory_mib, incoming=True)
             try:
+                warm_host_memory(case.warm_mib)
                 results.append(source.migrate(target.listen(), MAX_DOWNTIME_MS))
             except BaseException:
                 target.close()
@@ -134,7 +138,7 @@ def migrate_qemu(case: Case, runs: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="abcd")
-    parser.add_argument("--runs", type=int, default=0, help="teleports per case (default: 3, large machines 2)")
+    parser.add_argument("--runs", type=int, default=0, help="teleports per case (default: 3)")
     options = parser.parse_args()
     print(f"Teleports over loopback. {machine_line()}. {version() or 'QEMU is not installed: no peer'}.")
     ceiling = loopback_ceiling()
