@@ -116,9 +116,9 @@ def test_every_difference_has_a_name_and_a_remedy():
     source = {"memory_mib": 4096, "cpu": {"backend": "kvm", "x": 1}, "only": "here", "flag": True}
     target = {"memory_mib": 2048, "cpu": {"backend": "unicorn", "x": 1}, "flag": 1, "extra": None}
     found = compare_descriptions("web", source, target)
-    assert [blocker.field for blocker in found] == ["memory (MiB)", "CPU backend", "only", "flag", "extra"]
+    assert [blocker.field for blocker in found] == ["memory", "CPU backend", "only", "flag", "extra"]
     assert found[0] == Blocker(
-        "memory (MiB)", "4096", "2048", "Set the target's memory with `vmf modifyvm web --memory 4096`."
+        "memory", "4096 MiB", "2048 MiB", "Set the target's memory with `vmf modifyvm web --memory 4096`."
     )
     assert (found[2].source, found[2].target) == ("here", "(missing)")
     assert all(blocker.remedy for blocker in found)

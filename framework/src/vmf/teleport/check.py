@@ -36,15 +36,19 @@ class Blocker:
 
 @frozen
 class FieldText:
-    """How a field is called and what to do when it differs; `{name}`, `{source}` and `{target}` are filled in."""
+    """How a field is called and what to do when it differs; `{name}`, `{source}` and `{target}` are filled in.
+
+    `unit` is written behind the values where they are shown, not in the remedy's command.
+    """
 
     label: str
     remedy: str
+    unit: str = ""
 
 
 FIELDS: Mapping[str, FieldText] = {
     "memory_mib": FieldText(
-        "memory (MiB)", "Set the target's memory with `vmf modifyvm {name} --memory {source}`."
+        "memory", "Set the target's memory with `vmf modifyvm {name} --memory {source}`.", "MiB"
     ),
     "memory": FieldText("memory", "Set the target's memory with `vmf modifyvm {name} --memory {source}`."),
     "cpu.backend": FieldText(
@@ -90,7 +94,8 @@ def _blocker(name: str, path: str, source: Any, target: Any) -> Blocker:
     values = {"{name}": name, "{source}": show(source), "{target}": show(target)}
     for mark, value in values.items():  # not str.format: the values come from the other side
         remedy = remedy.replace(mark, value)
-    return Blocker(label, show(source), show(target), remedy)
+    unit = f" {text.unit}" if text is not None and text.unit and path in FIELDS else ""
+    return Blocker(label, show(source) + unit, show(target) + unit, remedy)
 
 
 def compare_descriptions(
