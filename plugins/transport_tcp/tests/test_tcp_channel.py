@@ -284,3 +284,10 @@ def test_socket_options(pair: tuple[TcpChannel, TcpChannel]) -> None:
         assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == channel_module.USER_TIMEOUT_MS
+
+
+def test_more_empty_ranges_than_one_call_takes() -> None:
+    ranges = np.array([(0, 0)] * (vectors.IOV_MAX + 1) + [(0, 1)], dtype=np.uint64)
+    vector = vectors.Vector(memoryview(bytearray(1)), ranges)
+    assert vector.total == 1
+    assert vectors._Msghdr.from_address(vector.window()).iovlen == 1

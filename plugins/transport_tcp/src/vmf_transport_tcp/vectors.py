@@ -51,6 +51,7 @@ class Vector:
 
     def __init__(self, base: memoryview, ranges: ByteRanges) -> None:
         """`ranges` are rows (offset, length) inside `base`. Raises ValueError for a row that leaves it."""
+        ranges = ranges[ranges[:, 1] > 0]  # a call with empty ranges alone would move nothing, for ever
         if not len(ranges):
             self.total = self.moved = 0
             return
