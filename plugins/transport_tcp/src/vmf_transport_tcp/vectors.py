@@ -51,17 +51,18 @@ class Vector:
 
     def __init__(self, base: memoryview, ranges: ByteRanges) -> None:
         """`ranges` are rows (offset, length) inside `base`. Raises ValueError for a row that leaves it."""
-        ranges = ranges[ranges[:, 1] > 0]  # a call with empty ranges alone would move nothing, for ever
-        if not len(ranges):
-            self.total = self.moved = 0
-            return
         offset, length = ranges[:, 0], ranges[:, 1]
         size = np.uint64(base.nbytes)
         if bool(((offset > size) | (length > size - np.minimum(offset, size))).any()):
             raise ValueError(f"a byte range leaves the buffer of {base.nbytes} bytes")
+        filled = length > 0  # a call with empty ranges alone would move nothing, for ever
+        offset, length = offset[filled], length[filled]
+        if not len(length):
+            self.total = self.moved = 0
+            return
         self._keep = np.frombuffer(base, dtype=np.uint8)
         """Holds the memory while its address is in use."""
-        self._iov = np.empty((len(ranges), 2), dtype=np.uint64)
+        self._iov = np.empty((len(length), 2), dtype=np.uint64)
         np.add(offset, np.uint64(self._keep.ctypes.data), out=self._iov[:, 0])
         self._iov[:, 1] = length
         self._ends = np.cumsum(length, dtype=np.uint64)
