@@ -263,6 +263,12 @@ class Machine:
         config = self.config
         khz = self.hardware.tsc_khz
         if config.kernel is not None:
+            if boot.identify(config.kernel, "kernel") is boot.ImageKind.FLAT:
+                raise ImageError(
+                    f"kernel {config.kernel} is neither a Linux kernel nor an ELF image.",
+                    f"Give a bzImage or vmlinux; a flat bare-metal image is started with "
+                    f"`vmf modifyvm {self.name} --image FILE`.",
+                )
             tell = self.hardware.cpuid.vendor != "GenuineIntel"
             return boot.load_guest(memory, config.kernel, config.initrd, config.cmdline or None, khz, tell_tsc=tell)
         if config.image is not None:

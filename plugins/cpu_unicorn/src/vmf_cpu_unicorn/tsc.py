@@ -19,6 +19,7 @@ _READ_TSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
 _MEASURE_SPAN_NS = 20_000_000
 _ROUNDS = 5
 _GLANCE_NS = 1_000_000
+_GLANCES = 10
 _GLANCE_TOLERANCE = 50
 """A kept rate must agree with a measurement of a millisecond within 2 %; else the file is not ours to trust."""
 
@@ -67,7 +68,8 @@ def host_tsc_khz() -> int:
     if place is not None:
         try:
             kept = int(place.read_text())
-            if abs(_rate(_GLANCE_NS) - kept) * _GLANCE_TOLERANCE <= kept:
+            # One glance in agreement is enough: the scheduler tears some of them apart on a busy host.
+            if any(abs(_rate(_GLANCE_NS) - kept) * _GLANCE_TOLERANCE <= kept for _ in range(_GLANCES)):
                 return kept
         except (OSError, ValueError):
             pass  # not kept yet, or not by us: measure
