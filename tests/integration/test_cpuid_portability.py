@@ -326,4 +326,5 @@ def test_linux_sees_what_was_negotiated_and_counts_by_the_tsc(
     assert has in flags.split()
     assert lacks not in flags.split()
     (rate,) = {line.partition(": ")[2] for line in lines if line.startswith("cpu MHz")}
-    assert abs(float(rate) * 1000 - khz) < 1
+    # Within what counts as one rate (250 ppm): on a busy host Linux refines the number that it was told a little.
+    assert abs(float(rate) * 1000 - khz) * 4000 < khz
