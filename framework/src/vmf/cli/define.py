@@ -22,9 +22,7 @@ def complete_backends(ctx: click.Context, param: click.Parameter, incomplete: st
     from vmf.plugins import discovery
 
     return [
-        name
-        for name in ("auto", *(entry.name for entry in discovery.installed("cpu")))
-        if name.startswith(incomplete)
+        name for name in ("auto", *(entry.name for entry in discovery.installed("cpu"))) if name.startswith(incomplete)
     ]
 
 

@@ -99,9 +99,7 @@ def trace(
     with ControlClient.of(where, name) as machine, cancelling:
         try:
             # The machine's process writes it, whose working directory is another.
-            summary = machine.trace(
-                instructions, str(output.absolute()), json_lines=json_lines, progress=view.update
-            )
+            summary = machine.trace(instructions, str(output.absolute()), json_lines=json_lines, progress=view.update)
         finally:
             view.close()
     if as_json:

@@ -211,9 +211,7 @@ def spawn_detached(home: Home, name: str, *, environment: Mapping[str, str] | No
     private_directory(paths.logs)
     reader, writer = os.pipe()
     try:
-        with open(
-            os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb"
-        ) as output:
+        with open(os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as output:
             child = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "vmf.control"),
@@ -295,9 +293,7 @@ def main() -> int:
     """Of `python -m vmf.control`, which `spawn_detached` starts."""
     name, data, runtime, descriptor = sys.argv[1:5]
     os.set_inheritable(int(descriptor), False)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     reporter = _Reporter(int(descriptor))
     try:
         run_machine_process(Home(Path(data), Path(runtime)), name, reporter)

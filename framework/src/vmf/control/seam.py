@@ -56,9 +56,7 @@ class ControlledMachine(Protocol):
         `options` are the transport's own settings, by name.
         """
 
-    def check_teleport(
-        self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None
-    ) -> Plain:
+    def check_teleport(self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None) -> Plain:
         """{"ok", "target", "blockers"}: what speaks against a teleport to who waits there; nothing is moved."""
 
     def cancel_teleport(self) -> bool:

@@ -201,9 +201,7 @@ class ControlServer:
 
     def trace(self, params: Mapping[str, Any], progress: Callable[[Mapping[str, Any]], None]) -> Any:
         """Write one trace; blocks."""
-        return self.machine.trace(
-            params["instructions"], params["output"], params.get("json_lines", False), progress
-        )
+        return self.machine.trace(params["instructions"], params["output"], params.get("json_lines", False), progress)
 
 
 def _options(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,7 @@ FORMAT_VERSION = 1
 _PLAIN_FIELDS = (
     "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "cr8", "xcr0", "efer", "xsave", "halted", "tsc", "tsc_khz",
 )  # fmt: skip
-_FIELDS = frozenset(
-    {*_PLAIN_FIELDS, "registers", "segments", "ldtr", "tr", "gdtr", "idtr", "dr", "msrs", "events"}
-)
+_FIELDS = frozenset({*_PLAIN_FIELDS, "registers", "segments", "ldtr", "tr", "gdtr", "idtr", "dr", "msrs", "events"})
 
 
 def to_plain(state: VcpuState) -> dict[str, Any]:

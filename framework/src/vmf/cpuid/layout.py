@@ -317,9 +317,7 @@ def _xsave_entries(
     }
     for component in components.values():
         if component.index > 1:
-            entries[XSAVE_LEAF, component.index] = CpuidRegisters(
-                component.size, component.offset, component.flags, 0
-            )
+            entries[XSAVE_LEAF, component.index] = CpuidRegisters(component.size, component.offset, component.flags, 0)
     return entries
 
 

@@ -452,9 +452,7 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
     ]
     devices = values.get("devices", ("pc",))
     found += [
-        Problem(
-            f"device_options.{name}", "", f"{_show(name)} is not in devices", "Add it there, or drop this section."
-        )
+        Problem(f"device_options.{name}", "", f"{_show(name)} is not in devices", "Add it there, or drop this section.")
         for name in values.get("device_options", {})
         if isinstance(devices, list | tuple) and name not in devices
     ]
@@ -497,9 +495,7 @@ def _problems_of(config: Any, prefix: str = "") -> list[Problem]:
         elif isinstance(value, section):
             problems += _problems_of(value, f"{prefix}{field.name}.")
         else:
-            problems.append(
-                Problem(prefix + field.name, _show(value), "is not a section", f"Use {section.__name__}.")
-            )
+            problems.append(Problem(prefix + field.name, _show(value), "is not a section", f"Use {section.__name__}."))
     return problems
 
 

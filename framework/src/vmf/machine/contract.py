@@ -151,9 +151,7 @@ def _ask_peers(config: MachineConfig, registry: PluginRegistry) -> Sequence[Capa
     def ask(peer: str) -> Capability | VmfError:
         try:
             host, port = split_peer(peer)
-            answer = ask_host(
-                registry, host, port, asker=config.name, transport=teleporter.transport, options=options
-            )
+            answer = ask_host(registry, host, port, asker=config.name, transport=teleporter.transport, options=options)
             return answer.capability
         except VmfError as error:
             return error

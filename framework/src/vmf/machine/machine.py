@@ -35,25 +35,19 @@ from vmf.machine.contract import ContractOrigin, Decision, decide, describe_cont
 from vmf.machine.hardware import Hardware
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
-from vmf.machine.teleport_view import TeleportView
+from vmf.machine.teleporter import ProgressListener, Teleporter
 from vmf.plugins.bridge import PluginRegistry
-from vmf.transport.base import Address, Listener
+from vmf.transport.base import Address
 
 if TYPE_CHECKING:
     from vmf.cpu.state import VcpuState
     from vmf.machine.switch import SwitchSummary
     from vmf.machine.trace import TraceSession, TraceSummary
     from vmf.teleport.check import Blocker
-    from vmf.teleport.progress import ProgressEvent, TeleportSummary
-
-CONNECT_TIMEOUT = 10.0
-"""Seconds to reach a teleport target."""
-CHECK_TIMEOUT = 30.0
-"""Seconds for the answer to a check."""
+    from vmf.teleport.progress import TeleportSummary
 
 _S = MachineState
 StateListener = Callable[[MachineState, MachineState], None]
-ProgressListener = Callable[["ProgressEvent"], None]
 
 
 class Machine:
@@ -79,16 +73,13 @@ class Machine:
         """How the CPUID contract in force (`hardware.cpuid`) came about; None before there is one."""
         self._state = _S.POWERED_OFF
         self._hardware: Hardware | None = None
-        self._lock = threading.RLock()
+        self.operation = threading.RLock()
         """Held by one operation at a time. Never taken on the vCPU thread, for which operations wait."""
         self._changed = threading.Condition(threading.Lock())
         """Guards `_state`, for moments only; any thread."""
         self._powering_off = False
         self._listeners: tuple[StateListener, ...] = ()
-        self._teleport_cancel: threading.Event | None = None
-        self._teleport_done = threading.Event()
-        self._teleport_done.set()
-        self._listener: Listener | None = None
+        self._teleporter = Teleporter(self)
         self._trace: TraceSession | None = None
         self._digests: dict[tuple[str, int, int], str] = {}
 
@@ -142,8 +133,8 @@ class Machine:
             }
             if self.contract_origin is not None:
                 answer["cpuid"] = describe_contract(hardware.cpuid, self.contract_origin)
-        if self._listener is not None:
-            answer["teleporter_address"] = str(self._listener.address)
+        if (listener := self._teleporter.listener) is not None:
+            answer["teleporter_address"] = str(listener.address)
         return answer
 
     def boot_digest(self) -> dict[str, str]:
@@ -208,11 +199,11 @@ class Machine:
 
     def start(self, *, paused: bool = False) -> None:
         """Power on and boot. Returns when the guest runs (or stands before its first instruction, if `paused`)."""
-        with self._lock:
+        with self.operation:
             self.set_state(_S.STARTING)
             self._powering_off = False
             try:
-                hardware = self._assemble()
+                hardware = self.assemble()
                 decision = self._contract(hardware.backend)
                 hardware.plug_vcpu(decision.table, decision.tsc_khz)
                 self.contract_origin = decision.origin
@@ -220,14 +211,15 @@ class Machine:
                 if not paused:
                     hardware.run()
             except BaseException:
-                self._scrap()
+                self.scrap()
                 self.set_state(_S.POWERED_OFF)
                 raise
             self.set_state(_S.RUNNING)
             if paused:
                 self.pause()
 
-    def _assemble(self) -> Hardware:
+    def assemble(self) -> Hardware:
+        """Make the hardware, without a vCPU yet. For this room's modules."""
         backend = self._choose_backend()
         config = self.config
         self._hardware = Hardware(
@@ -282,25 +274,25 @@ class Machine:
 
     def pause(self) -> None:
         """Stop the guest; its time stands still until `resume`."""
-        with self._lock:
+        with self.operation:
             if self._state is not _S.RUNNING:
-                raise self._illegal("paused", "running")
+                raise self.illegal("paused", "running")
             self.hardware.halt(freeze_time=True)
             self.set_state(_S.PAUSED)
 
     def resume(self) -> None:
         """Let a paused guest go on."""
-        with self._lock:
+        with self.operation:
             if self._state is not _S.PAUSED:
-                raise self._illegal("resumed", "paused")
+                raise self.illegal("resumed", "paused")
             self.hardware.run()
             self.set_state(_S.RUNNING)
 
     def reset(self) -> None:
         """Restart the guest as by the reset button: RAM is lost, the images are loaded again."""
-        with self._lock:
+        with self.operation:
             if self._state not in (_S.RUNNING, _S.PAUSED, _S.FAILED):
-                raise self._illegal("reset", "running or paused")
+                raise self.illegal("reset", "running or paused")
             if self._state is _S.PAUSED:
                 self._restart(run=False)
             else:
@@ -316,11 +308,11 @@ class Machine:
         return self._powering_off
 
     def _restart(self, *, run: bool) -> None:
-        self.hardware.power_on(self._load, keep_mapping=not self._teleport_done.is_set())
+        self.hardware.power_on(self._load, keep_mapping=self._teleporter.under_way)
         if run:
             self.hardware.run()
 
-    def _illegal(self, action: str, wanted: str) -> InvalidStateError:
+    def illegal(self, action: str, wanted: str) -> InvalidStateError:
         return InvalidStateError(
             f"machine {self.name} is {self._state.value} and cannot be {action}: it would have to be {wanted}.",
             f"See `vmf showvminfo {self.name}`.",
@@ -345,8 +337,7 @@ class Machine:
 
     def _fail(self, why: str) -> None:
         self.failure = why
-        if self._teleport_cancel is not None:
-            self._teleport_cancel.set()
+        self._teleporter.request_cancel()
         if self._trace is not None:
             self._trace.cancel("the machine failed")
         if self._state in RUNNABLE:
@@ -378,15 +369,16 @@ class Machine:
         """Pull the plug; a teleport or trace under way is cancelled first."""
         self.cancel_teleport(wait=True)
         self.cancel_trace(wait=True, reason="the machine was powered off")
-        with self._lock:
+        with self.operation:
             if self._state in (_S.POWERED_OFF, _S.STOPPING):
-                raise self._illegal("powered off", "running or paused")
+                raise self.illegal("powered off", "running or paused")
             if self._state is not _S.TELEPORTING_IN:
                 self.set_state(_S.STOPPING)
-            self._scrap()
+            self.scrap()
             self.set_state(_S.POWERED_OFF)
 
-    def _scrap(self) -> None:
+    def scrap(self) -> None:
+        """Take the hardware apart. For this room's modules."""
         hardware, self._hardware, self.contract_origin = self._hardware, None, None
         if hardware is not None:
             hardware.close()
@@ -397,7 +389,7 @@ class Machine:
             if self._state is not _S.POWERED_OFF:
                 self.power_off()
         except InvalidStateError:
-            self._scrap()
+            self.scrap()
 
     # -- another CPU backend, and watching the guest
 
@@ -410,10 +402,10 @@ class Machine:
         """
         from vmf.machine import switch
 
-        with self._lock:
+        with self.operation:
             if self._state not in (_S.RUNNING, _S.PAUSED):
-                raise self._illegal("switched to another CPU backend", "running or paused")
-            self._refuse_while_traced("switched to another CPU backend")
+                raise self.illegal("switched to another CPU backend", "running or paused")
+            self.refuse_while_traced("switched to another CPU backend")
             hardware, level = self.hardware, self._level()
             if name == "auto":
                 backend = self.registry.choose_cpu_backend(
@@ -451,10 +443,10 @@ class Machine:
 
         if instructions < 1:
             raise MachineError(f"a trace of {instructions} instructions is none.", "Ask for at least one.")
-        with self._lock:
+        with self.operation:
             if self._state is not _S.RUNNING:
-                raise self._illegal("traced", "running")
-            self._refuse_while_traced("traced")
+                raise self.illegal("traced", "running")
+            self.refuse_while_traced("traced")
             hardware = self.hardware
             tracer = choose_tracer(self.registry, self.name, hardware, self._level())
             session = TraceSession(self.name, hardware, tracer, instructions, Path(output), json_lines)
@@ -488,14 +480,14 @@ class Machine:
     def _level(self) -> int:
         return 0 if self.contract_origin is None else self.contract_origin.number
 
-    def _refuse_while_traced(self, action: str) -> None:
+    def refuse_while_traced(self, action: str) -> None:
         if self._trace is not None:
             raise InvalidStateError(
                 f"machine {self.name} is being traced and cannot be {action} now.",
                 f"Wait for it, or cancel it with `vmf controlvm {self.name} trace --cancel`.",
             )
 
-    # -- teleporting out
+    # -- teleports
 
     def teleport(
         self,
@@ -521,41 +513,8 @@ class Machine:
             progress: called with every progress event, on this thread.
             options: settings of the transport: for `tls` the strings `tls_dir` and `tls_hostname`.
         """
-        from vmf.errors import TeleportUncertain
-        from vmf.teleport.source import SourceOptions, teleport_source
-
-        with self._lock:
-            going_on = {_S.RUNNING: _S.TELEPORTING, _S.PAUSED: _S.TELEPORTING_PAUSED}
-            if self._state not in going_on:
-                raise self._illegal("teleported", "running or paused")
-            self._refuse_while_traced("teleported")
-            before = self._state
-            cancel = self._teleport_cancel = threading.Event()
-            self._teleport_done.clear()
-            self.set_state(going_on[before])
-        try:
-            address = Address(transport, host, port, options or {})
-            channel = self.registry.transport(transport).connect(
-                address, CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
-            )
-            try:
-                source_options = SourceOptions(max_downtime_ms=max_downtime_ms, timeout_s=timeout_s)
-                self.summary = teleport_source(
-                    TeleportView(self), channel, source_options, self._observed(progress, "source"), cancel
-                )
-            finally:
-                channel.close()
-            return self.summary
-        except TeleportUncertain:
-            self.set_state(_S.UNCERTAIN)
-            raise
-        except BaseException:
-            if self._state is going_on[before]:
-                self.set_state(before)
-            raise
-        finally:
-            self._teleport_cancel = None
-            self._teleport_done.set()
+        address = Address(transport, host, port, options or {})
+        return self._teleporter.teleport(address, max_downtime_ms, timeout_s, progress)
 
     def check_teleport(
         self, host: str, port: int, *, transport: str = "tcp", options: Mapping[str, Any] | None = None
@@ -566,51 +525,11 @@ class Machine:
         Raises InvalidStateError unless this machine runs or is paused, TransportError or TeleportError when the
         check itself did not happen (nobody waits there, say).
         """
-        from vmf.errors import TeleportBlocked
-        from vmf.teleport.source import SourceOptions, teleport_source
-
-        if self._state not in (_S.RUNNING, _S.PAUSED):
-            raise self._illegal("checked for a teleport", "running or paused")
-        address = Address(transport, host, port, options or {})
-        channel = self.registry.transport(transport).connect(address, CONNECT_TIMEOUT)
-        try:
-            teleport_source(TeleportView(self), channel, SourceOptions(check_only=True, timeout_s=CHECK_TIMEOUT))
-        except TeleportBlocked as error:
-            return error.blockers
-        finally:
-            channel.close()
-        return ()
+        return self._teleporter.check(Address(transport, host, port, options or {}))
 
     def cancel_teleport(self, *, wait: bool = False) -> bool:
         """Cancel a teleport under way, in or out; False when there was none (any more)."""
-        cancel = self._teleport_cancel
-        if cancel is None:
-            return False
-        cancel.set()
-        listener = self._listener
-        if listener is not None:
-            listener.shutdown()
-        if wait:
-            self._teleport_done.wait(30)
-        return True
-
-    def _observed(self, progress: ProgressListener | None, role: str) -> ProgressListener:
-        """Pass events on, and tell the life-cycle hooks of every phase."""
-        phase = ""
-
-        def observe(event: ProgressEvent) -> None:
-            nonlocal phase
-            name = getattr(event, "phase", phase)
-            name = getattr(name, "value", name)
-            if name != phase:
-                phase = name
-                self.registry.hooks.teleport_phase(self.name, role, phase)
-            if progress is not None:
-                progress(event)
-
-        return observe
-
-    # -- teleporting in
+        return self._teleporter.cancel(wait=wait)
 
     def listen(self, address: str | None = None, port: int | None = None, *, transport: str | None = None) -> Address:
         """Power on as a teleport target and start to listen, by default as configured; returns the real address."""
@@ -621,41 +540,14 @@ class Machine:
             port if port is not None else teleporter.port,
             teleporter.transport_options(),
         )
-        with self._lock:
-            self.set_state(_S.TELEPORTING_IN)
-            try:
-                self.boot_digest()
-                self._assemble()
-                self._listener = self.registry.transport(where.scheme).listen(where)
-            except BaseException:
-                self._scrap()
-                self.set_state(_S.POWERED_OFF)
-                raise
-            self._teleport_cancel = threading.Event()
-            self._teleport_done.clear()
-        return self._listener.address
+        return self._teleporter.listen(where)
 
     def wait_for_teleport(self, progress: ProgressListener | None = None) -> TeleportSummary:
         """After `listen`: wait until a machine has arrived and runs here. Failed attempts leave it waiting.
 
         Raises TeleportCancelled after `cancel_teleport` (or `power_off`); then the machine is powered off.
         """
-        from vmf.teleport.target import wait_for_teleport
-
-        cancel, listener = self._teleport_cancel, self._listener
-        if self._state is not _S.TELEPORTING_IN or cancel is None or listener is None:
-            raise self._illegal("waiting for a teleport", "listening")
-        try:
-            self.summary = wait_for_teleport(TeleportView(self), listener, self._observed(progress, "target"), cancel)
-            return self.summary
-        finally:
-            self._listener = None
-            listener.close()
-            self._teleport_cancel = None
-            self._teleport_done.set()
-            if self._state is _S.TELEPORTING_IN:
-                self._scrap()
-                self.set_state(_S.POWERED_OFF)
+        return self._teleporter.wait(progress)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> bool:

@@ -161,9 +161,7 @@ class TraceFormat:
         )
         which, column = np.nonzero(state[1:] != state[:-1])
         changes: list[list[tuple[str, int]]] = [[] for _ in range(len(starts) - 1)]
-        for entry, index, value in zip(
-            which.tolist(), column.tolist(), state[1:][which, column].tolist(), strict=True
-        ):
+        for entry, index, value in zip(which.tolist(), column.tolist(), state[1:][which, column].tolist(), strict=True):
             changes[entry].append((_COLUMNS[index], value))
         make = self._json_entry if self._json else self._text_entry
         fields = ("kind", "cpl", "bits", "size", "vector", "rip", "linear", "error", "cr2")

@@ -72,9 +72,7 @@ class LoadedPlugin:
 def _validated(entry: PluginEntry, plugin: Any) -> pluggy.PluginManager:
     version = getattr(plugin, "vmf_api_version", None)
     if version != API_VERSION:
-        said = (
-            "does not say for which version (vmf_api_version)" if version is None else f"is for version {version!r}"
-        )
+        said = "does not say for which version (vmf_api_version)" if version is None else f"is for version {version!r}"
         raise PluginError(
             f"The {entry} {said} of vmf's plugin interface, and this vmf has version {API_VERSION}.",
             f"Install a version of {entry.distribution or 'it'} made for plugin interface {API_VERSION}.",
@@ -350,8 +348,6 @@ class Hooks:
                 raise
             except BaseException as error:  # noqa: BLE001 - an observer must not stop vmf, SystemExit included
                 self._plugins = tuple(each for each in self._plugins if each is not plugin)
-                reason = (
-                    error.message if isinstance(error, PluginError) else f"The {plugin.entry}: {describe(error)}."
-                )
+                reason = error.message if isinstance(error, PluginError) else f"The {plugin.entry}: {describe(error)}."
                 remedy = error.remedy if isinstance(error, VmfError) else ""
                 self._report(PluginError(f"{reason} It is not called any more.", remedy))

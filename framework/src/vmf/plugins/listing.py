@@ -59,9 +59,7 @@ def list_plugins(probe_seconds: float = PROBE_SECONDS) -> list[PluginRecord]:
     def record(entry: PluginEntry) -> PluginRecord:
         base = PluginRecord(entry.kind, entry.name, entry.version, entry.distribution, usable=False)
         if count[entry.kind, entry.name] > 1:
-            error = discovery.conflict(
-                [each for each in entries if (each.kind, each.name) == (entry.kind, entry.name)]
-            )
+            error = discovery.conflict([each for each in entries if (each.kind, each.name) == (entry.kind, entry.name)])
             return evolve(base, reason=error.message, remedy=error.remedy)
         return _probed(base, entry, probe_seconds)
 

@@ -112,9 +112,7 @@ class _Source:
         self._inbox: queue.SimpleQueue[tuple[m.Message, int] | None] = queue.SimpleQueue()
         self._remote_error: BaseException | None = None
         self._reader = threading.Thread(target=self._read, name="vmf-teleport-reader", daemon=True)
-        self._canceller = Canceller(
-            cancel, options.timeout_s, now=lambda: self._inbox.put(None), late=channel.shutdown
-        )
+        self._canceller = Canceller(cancel, options.timeout_s, now=lambda: self._inbox.put(None), late=channel.shutdown)
         self._tracker: DirtyTracker | None = None
         self._touched_machine = False
         self._marked = False  # told to let go: not to be undone any more, even if HANDOVER was not sent yet

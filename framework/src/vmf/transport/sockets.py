@@ -242,9 +242,7 @@ def _connect_to(family: socket.AddressFamily, where: tuple[Any, ...], timeout: f
         raise
 
 
-def _connect_error(
-    address: Address, failures: list[tuple[str, OSError]], timeout: float
-) -> TransportError:
+def _connect_error(address: Address, failures: list[tuple[str, OSError]], timeout: float) -> TransportError:
     def number(error: OSError) -> int | None:
         return errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno
 
@@ -261,9 +259,7 @@ def _connect_error(
             "Check that the host is up and that no firewall drops connections to the port.",
         )
     if numbers & {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL}:
-        return TransportError(
-            f"there is no route to {address}{tried}.", "Check the address and this host's network."
-        )
+        return TransportError(f"there is no route to {address}{tried}.", "Check the address and this host's network.")
     if numbers & {errno.EACCES, errno.EPERM}:
         return TransportError(
             f"connecting to {address} is forbidden on this host{tried}.", "Check this host's firewall."

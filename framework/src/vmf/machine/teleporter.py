@@ -1,0 +1,179 @@
+"""The teleports of one machine, out and in: who may start one, how it is cancelled, and which state it ends in.
+
+What happens on the wire is `vmf.teleport`; what a teleport sees of the machine is `vmf.machine.teleport_view`. At most
+one teleport is under way; it runs on the thread that asked for it and can be cancelled from any other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vmf.errors import TeleportBlocked, TeleportUncertain
+from vmf.machine.states import MachineState
+from vmf.machine.teleport_view import TeleportView
+from vmf.transport.base import Address, Listener
+
+if TYPE_CHECKING:
+    from vmf.machine.machine import Machine
+    from vmf.teleport.check import Blocker
+    from vmf.teleport.progress import ProgressEvent, TeleportSummary
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to reach a teleport target."""
+CHECK_TIMEOUT = 30.0
+"""Seconds for the answer to a check."""
+
+_S = MachineState
+ProgressListener = Callable[["ProgressEvent"], None]
+
+
+class Teleporter:
+    """One machine's teleports; `Machine`'s methods of the same names are its public face.
+
+    Attributes:
+        listener: what a target listens on, while it waits.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.listener: Listener | None = None
+        self._cancel: threading.Event | None = None
+        self._done = threading.Event()
+        self._done.set()
+
+    @property
+    def under_way(self) -> bool:
+        """A machine is on its way out or in, or is waited for."""
+        return not self._done.is_set()
+
+    def request_cancel(self) -> bool:
+        """Ask the teleport under way to end, from any thread; False when there is none."""
+        cancel = self._cancel
+        if cancel is None:
+            return False
+        cancel.set()
+        return True
+
+    def cancel(self, *, wait: bool) -> bool:
+        if not self.request_cancel():
+            return False
+        listener = self.listener
+        if listener is not None:
+            listener.shutdown()
+        if wait:
+            self._done.wait(30)
+        return True
+
+    # -- out
+
+    def teleport(
+        self,
+        address: Address,
+        max_downtime_ms: int,
+        timeout_s: float | None,
+        progress: ProgressListener | None,
+    ) -> TeleportSummary:
+        from vmf.teleport.source import SourceOptions, teleport_source
+
+        machine = self._machine
+        going_on = {_S.RUNNING: _S.TELEPORTING, _S.PAUSED: _S.TELEPORTING_PAUSED}
+        with machine.operation:
+            before = machine.state
+            if before not in going_on:
+                raise machine.illegal("teleported", "running or paused")
+            machine.refuse_while_traced("teleported")
+            cancel = self._cancel = threading.Event()
+            self._done.clear()
+            machine.set_state(going_on[before])
+        try:
+            channel = machine.registry.transport(address.scheme).connect(
+                address, CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
+            )
+            try:
+                options = SourceOptions(max_downtime_ms=max_downtime_ms, timeout_s=timeout_s)
+                listener = self._observed(progress, "source")
+                machine.summary = teleport_source(TeleportView(machine), channel, options, listener, cancel)
+            finally:
+                channel.close()
+            return machine.summary
+        except TeleportUncertain:
+            machine.set_state(_S.UNCERTAIN)
+            raise
+        except BaseException:
+            if machine.state is going_on[before]:
+                machine.set_state(before)
+            raise
+        finally:
+            self._cancel = None
+            self._done.set()
+
+    def check(self, address: Address) -> tuple[Blocker, ...]:
+        from vmf.teleport.source import SourceOptions, teleport_source
+
+        machine = self._machine
+        if machine.state not in (_S.RUNNING, _S.PAUSED):
+            raise machine.illegal("checked for a teleport", "running or paused")
+        channel = machine.registry.transport(address.scheme).connect(address, CONNECT_TIMEOUT)
+        try:
+            teleport_source(TeleportView(machine), channel, SourceOptions(check_only=True, timeout_s=CHECK_TIMEOUT))
+        except TeleportBlocked as error:
+            return error.blockers
+        finally:
+            channel.close()
+        return ()
+
+    def _observed(self, progress: ProgressListener | None, role: str) -> ProgressListener:
+        """Pass events on, and tell the life-cycle hooks of every phase."""
+        phase = ""
+
+        def observe(event: ProgressEvent) -> None:
+            nonlocal phase
+            name = getattr(event, "phase", phase)
+            name = getattr(name, "value", name)
+            if name != phase:
+                phase = name
+                self._machine.registry.hooks.teleport_phase(self._machine.name, role, phase)
+            if progress is not None:
+                progress(event)
+
+        return observe
+
+    # -- in
+
+    def listen(self, where: Address) -> Address:
+        machine = self._machine
+        with machine.operation:
+            machine.set_state(_S.TELEPORTING_IN)
+            try:
+                machine.boot_digest()
+                machine.assemble()
+                listener = self.listener = machine.registry.transport(where.scheme).listen(where)
+            except BaseException:
+                machine.scrap()
+                machine.set_state(_S.POWERED_OFF)
+                raise
+            self._cancel = threading.Event()
+            self._done.clear()
+        return listener.address
+
+    def wait(self, progress: ProgressListener | None) -> TeleportSummary:
+        from vmf.teleport.target import wait_for_teleport
+
+        machine = self._machine
+        cancel, listener = self._cancel, self.listener
+        if machine.state is not _S.TELEPORTING_IN or cancel is None or listener is None:
+            raise machine.illegal("waiting for a teleport", "listening")
+        try:
+            view = TeleportView(machine)
+            machine.summary = wait_for_teleport(view, listener, self._observed(progress, "target"), cancel)
+            return machine.summary
+        finally:
+            self.listener = None
+            listener.close()
+            self._cancel = None
+            self._done.set()
+            if machine.state is _S.TELEPORTING_IN:
+                machine.scrap()
+                machine.set_state(_S.POWERED_OFF)
