@@ -99,6 +99,24 @@ class ContractOverridden(StateError):
         self.differences = differences
 
 
+class StorageError(VmfError):
+    """A disk image cannot be opened, read or written; the message names it."""
+
+    code = "storage"
+
+
+class ImageInUse(StorageError):
+    """Another machine holds the image; the message names it."""
+
+    code = "image-in-use"
+
+
+class LeaseLost(StorageError):
+    """This machine does not hold the image any more: another one has taken it over. It must not write."""
+
+    code = "lease-lost"
+
+
 class TransportError(VmfError):
     """A channel could not be opened, or broke."""
 
@@ -127,6 +145,12 @@ class TeleportError(VmfError):
     """A teleport did not happen; unless said otherwise the source machine goes on."""
 
     code = "teleport"
+
+
+class AuthenticationError(TeleportError):
+    """One side did not prove that it knows the password, or there is none; nothing of the machine was told."""
+
+    code = "authentication"
 
 
 class TeleportCancelled(TeleportError):

@@ -9,7 +9,7 @@ teleporting carry it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vmf.machine.clock import MachineClock
     from vmf.machine.memory import GuestMemory
     from vmf.machine.timers import TimerQueue
+    from vmf.storage.drive import Drive
 
 
 @frozen
@@ -56,6 +57,7 @@ class DeviceEnvironment:
         request_power_off, request_reset: ask the machine; callable on the vCPU thread.
         serial_output: bytes the guest writes to its first serial port go here (any size, never blocks).
         options: the machine's settings for this device.
+        drives: the machine's storage ports in their order; a device claims those that it serves.
     """
 
     bus: Bus
@@ -69,6 +71,7 @@ class DeviceEnvironment:
     request_reset: Callable[[], None]
     serial_output: Callable[[bytes], None]
     options: Mapping[str, Any] = field(factory=dict)
+    drives: Sequence[Drive] = ()
 
 
 class Device(ABC):

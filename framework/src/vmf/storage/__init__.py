@@ -1,5 +1,6 @@
-"""The storage seam: a driver opens a disk image by URI. Disks themselves are devices."""
+"""The storage seam: a driver opens a disk image by URI. Disks themselves are devices, which use drives."""
 
-from vmf.storage.base import StorageDriver, StorageImage
+from vmf.storage.base import SECTOR_SIZE, ImageInfo, LeaseStore, StorageDriver, StorageImage
+from vmf.storage.drive import Drive, DriveType
 
-__all__ = ["StorageDriver", "StorageImage"]
+__all__ = ["SECTOR_SIZE", "Drive", "DriveType", "ImageInfo", "LeaseStore", "StorageDriver", "StorageImage"]

@@ -1,10 +1,23 @@
-"""What a storage plugin implements."""
+"""What a storage plugin implements.
+
+A driver opens disk images of one URI scheme. Devices never see an image: they work with a `vmf.storage.drive.Drive`,
+which holds the image only while this machine may use it (see `vmf.storage.lease`) and has the same methods for I/O.
+
+I/O goes between the image and views of guest RAM, with no copy in Python. All I/O methods may be called from several
+threads at once, do not hold the GIL while they wait, and raise StorageError, which a device reports to its guest as an
+error of that request; the image stays usable.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
-from vmf.transport.base import Buffer
+from attrs import frozen
+
+SECTOR_SIZE = 512
+"""Bytes. Sizes of images are multiples of it, as are offsets and lengths of all I/O."""
 
 
 class StorageImage(ABC):
@@ -12,33 +25,137 @@ class StorageImage(ABC):
 
     uri: str
     size: int
-    """Bytes."""
+    """Bytes, a multiple of SECTOR_SIZE."""
     read_only: bool
+    block_size: int = 4096
+    """Bytes: what the image reads and writes best (its logical blocks are SECTOR_SIZE)."""
+    can_discard: bool = False
+    """`discard` gives space back; otherwise it does nothing."""
 
     @abstractmethod
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from image offset `offset` (bytes)."""
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the writable buffers, one after the other, from image offset `offset` (bytes)."""
 
     @abstractmethod
-    def write(self, offset: int, buffer: Buffer) -> None: ...
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write the buffers, one after the other, at `offset`. After an error any part may have been written."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Return when everything written before is durable."""
+        """Return when everything whose write returned before is durable."""
+
+    def discard(self, offset: int, length: int) -> None:  # noqa: B027 - a hint
+        """The guest does not need [offset, offset+length) any more; what it reads there afterwards is undefined."""
 
     @abstractmethod
-    def identity(self) -> str:
-        """Equal on two hosts exactly when both see the same image."""
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
+        """Make [offset, offset+length) read as zeroes, by giving the space back if `may_unmap` and that is quicker."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free it; idempotent. Does not flush."""
+
+
+@frozen
+class ImageInfo:
+    """What a driver finds out about an image without using it.
+
+    Attributes:
+        uri: with an absolute path where there is one, as a definition has it.
+        size: bytes.
+        allocated: bytes that it takes where it is stored; None when that cannot be told.
+        writable: this user, here and now, could open it for writing.
+        why_read_only: the reason when not, a clause ("you have no permission to write it").
+        format: "raw", or what the server says.
+        where: for people: what it is and on what kind of storage ("file on nfs4").
+    """
+
+    uri: str
+    size: int
+    allocated: int | None
+    writable: bool
+    why_read_only: str = ""
+    format: str = "raw"
+    where: str = ""
+
+
+class LeaseStore(ABC):
+    """Where the lease of one image is kept: a small record that all hosts which see the image see, too.
+
+    Not thread-safe. Errors: StorageError.
+
+    Attributes:
+        place: for people ("/srv/web.img.vmf-lease").
+        excludes: `lock` keeps every other host out, and the system frees it when its holder dies. Without it (a
+            record on a block device or an NBD export) only agreement between source and target decides.
+    """
+
+    place: str
+    excludes: bool
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """The present record as the storage has it now, past this host's caches; b"" when there never was one."""
+
+    @abstractmethod
+    def write(self, record: bytes) -> None:
+        """Replace the record (at most RECORD_SIZE bytes), durably."""
+
+    @abstractmethod
+    def lock(self) -> bool:
+        """Try to get the exclusive lock and keep it; False when another holder has it. True when nothing excludes."""
+
+    @abstractmethod
+    def unlock(self) -> None:
+        """Give the lock back; idempotent."""
+
+    @abstractmethod
+    def still_locked(self) -> bool:
+        """Whether the storage still honours our lock, as far as can be told quickly."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unlock and free it; idempotent."""
+
+
+RECORD_SIZE = 4096
+"""Bytes, one block of any storage."""
 
 
 class StorageDriver(ABC):
-    """Opens images of one URI scheme."""
+    """Opens images of one URI scheme. Errors of all methods: StorageError and ConfigError."""
 
     scheme: str
     """As in `scheme:...`, equal to the entry point's name."""
 
     @abstractmethod
-    def open(self, uri: str, read_only: bool) -> StorageImage: ...
+    def probe(self, uri: str) -> ImageInfo:
+        """Look at an image without opening it for use. Raises NotFoundError when there is none."""
+
+    @abstractmethod
+    def open(self, uri: str, read_only: bool) -> StorageImage:
+        """Open it. Raises StorageError also when it is read-only and that is not asked for."""
+
+    def lease_store(self, uri: str, *, create: bool) -> LeaseStore | None:
+        """Where this image's lease is; None when the storage has no place for one.
+
+        Args:
+            create: make the place when it is missing; otherwise None means, too, that there is no lease yet.
+        """
+        return None
+
+    def create(self, uri: str, size: int) -> None:
+        """Make a new image of `size` bytes that reads as zeroes. Raises StorageError when it exists."""
+        from vmf.errors import StorageError
+
+        raise StorageError(
+            f"images of {self.scheme}: cannot be made by vmf ({uri}).", "Make it with the storage server's own tools."
+        )
+
+    def copy(self, uri: str, target: str, progress: Any = None) -> None:
+        """Copy the image to the new file `target`, sparse, sharing blocks where the file system can."""
+        from vmf.errors import StorageError
+
+        raise StorageError(
+            f"images of {self.scheme}: cannot be copied by vmf ({uri}).", "Use the storage server's own snapshots."
+        )
