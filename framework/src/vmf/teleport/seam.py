@@ -69,6 +69,33 @@ class TeleportableMachine(Protocol):
 
 
 @runtime_checkable
+class KeepsLeases(Protocol):
+    """Optional: a machine whose writable media carry leases, so that only one side can open them.
+
+    The deeds PASS_LEASE and TAKE_LEASE of `vmf.teleport.protocol.handover` call these, at the points that were explored
+    there; `teleport_id` is the same at both sides. A machine without them hands over as if it had no such media.
+    """
+
+    @property
+    def leased(self) -> bool:
+        """Whether *all* writable media carry leases: then the lease decides where the target cannot be asked."""
+
+    def pass_leases(self, teleport_id: bytes) -> None:
+        """At the source, stopped: flush and close the media, and give up their leases for this teleport.
+
+        Raises VmfError when it cannot; HANDOVER is not sent then, and `take_leases` is called to take back what was
+        passed.
+        """
+
+    def take_leases(self, teleport_id: bytes) -> None:
+        """Take the next generation of every lease, and open the media.
+
+        At the target after HANDOVER, before the guest runs; at the source when it goes on after all. Raises VmfError
+        when the generation is not the expected one any more: then the other side has the machine.
+        """
+
+
+@runtime_checkable
 class ListsPayloads(Protocol):
     """Optional: a machine that can say beforehand which payloads it saves, or takes."""
 
