@@ -144,9 +144,7 @@ def shared_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TlsC
     issue.make_ca(directory)
     issue.issue(directory, directory, ["localhost"])
     listener = TlsTransport().listen(Address("tls", "127.0.0.1", 0, {"tls_dir": str(directory)}))
-    source = TlsTransport().connect(
-        Address("tls", "localhost", listener.address.port, {"tls_dir": str(directory)}), 10
-    )
+    source = TlsTransport().connect(Address("tls", "localhost", listener.address.port, {"tls_dir": str(directory)}), 10)
     target = listener.accept(10)
     assert isinstance(source, TlsChannel)
     assert isinstance(target, TlsChannel)

@@ -83,9 +83,7 @@ def test_a_foreign_ca_at_the_source(listening: Listening, certs: Path, make: Mak
     error = connect(listener, make("foreign", ca=trustme.CA(), trusted=authority))
     assert error is not None
     one_line(error, "target does not accept our certificate", "authority that is trusted there", "same CA")
-    one_line(
-        refusal(listener), "127.0.0.1", "source's certificate was not issued by an authority that is trusted here"
-    )
+    one_line(refusal(listener), "127.0.0.1", "source's certificate was not issued by an authority that is trusted here")
     still_waiting(listener, certs)
 
 

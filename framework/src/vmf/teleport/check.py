@@ -89,7 +89,8 @@ def _text_of(path: str) -> FieldText | None:
 
 def _blocker(name: str, path: str, source: Any, target: Any) -> Blocker:
     text = _text_of(path)
-    label = text.label if text is not None and path in FIELDS else path.replace("_", " ").replace(".", " ")
+    # The path may consist of names that the other side made up.
+    label = text.label if text is not None and path in FIELDS else show(path.replace("_", " ").replace(".", " "))
     remedy = text.remedy if text is not None else DEFAULT_REMEDY
     values = {"{name}": name, "{source}": show(source), "{target}": show(target)}
     for mark, value in values.items():  # not str.format: the values come from the other side

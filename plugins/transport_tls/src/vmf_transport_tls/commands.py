@@ -96,9 +96,7 @@ def issue_(
     """
     if only_client and only_server:
         raise click.UsageError("Give --client or --server, not both.", click.get_current_context())
-    roles: tuple[files.Role, ...] = (
-        ("client",) if only_client else ("server",) if only_server else ("server", "client")
-    )
+    roles: tuple[files.Role, ...] = ("client",) if only_client else ("server",) if only_server else ("server", "client")
     authority = _directory(tls_dir)
     issue.check_host(host)
     directory = _absolute(out) if out else authority / "issued" / host

@@ -38,11 +38,13 @@ class Credentials:
         context: TLS 1.3 only, certificates required of the other side.
         names: in the own certificate.
         notices: warnings, one line each.
+        end_point: hash of the own certificate, see `end_point_of`.
     """
 
     context: ssl.SSLContext
     names: tuple[str, ...]
     notices: tuple[str, ...]
+    end_point: bytes = b""
 
 
 def cert_file(role: Role) -> str:
@@ -99,7 +101,27 @@ def load(directory: Path, role: Role) -> Credentials:
         context.load_cert_chain(cert, key, password=_no_passphrase)
     except (ssl.SSLError, OSError, ValueError) as error:
         raise _key_error(error, cert, key) from error
-    return Credentials(context, certificate_names(certificate), notices)
+    return Credentials(context, certificate_names(certificate), notices, end_point_of(certificate))
+
+
+def end_point_of(certificate: Any) -> bytes:
+    """The data of the channel binding `tls-server-end-point` (RFC 5929, section 4): the certificate's hash.
+
+    Where the RFC leaves it open (a signature without a hash function of its own, like Ed25519) it is SHA-256.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    try:
+        algorithm = certificate.signature_hash_algorithm
+    except UnsupportedAlgorithm:
+        algorithm = None
+    if algorithm is None or algorithm.name in ("md5", "sha1"):
+        algorithm = hashes.SHA256()
+    digest = hashes.Hash(algorithm)
+    digest.update(certificate.public_bytes(Encoding.DER))
+    return digest.finalize()
 
 
 class _Encrypted(ValueError):
@@ -156,10 +178,38 @@ def read_certificate(path: Path) -> Any:
     from cryptography import x509
 
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return _looked_through(x509.load_pem_x509_certificate(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise TransportError(
             f"{path} cannot be read as a certificate.", "It must be a PEM file; make it with `vmf tls issue`."
+        ) from error
+
+
+def _looked_through(certificate: Any) -> Any:
+    """The certificate, whose parts are decoded only when somebody looks. Raises ValueError when one cannot be."""
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        for name in ("version", "subject", "issuer", "extensions", "not_valid_before_utc", "not_valid_after_utc"):
+            getattr(certificate, name)
+        certificate.public_key()
+    except (
+        UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType, TypeError,
+    ) as error:  # fmt: skip
+        raise ValueError(str(error)) from error
+    return certificate
+
+
+def parse_certificate(der: bytes) -> Any:
+    """The certificate that the other side showed, and that the TLS library has accepted. Raises TransportError."""
+    from cryptography import x509
+
+    try:
+        return _looked_through(x509.load_der_x509_certificate(der))
+    except ValueError as error:
+        raise TransportError(
+            "the target's certificate cannot be read.", "Issue it a new one (`vmf tls issue HOST --force`)."
         ) from error
 
 

@@ -61,9 +61,7 @@ class _Conversation:
         self._socket = connection
         self._deadline = deadline
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = context.wrap_bio(
-            incoming, outgoing, server_side=server_hostname is None, server_hostname=server_hostname
-        )
+        tls = context.wrap_bio(incoming, outgoing, server_side=server_hostname is None, server_hostname=server_hostname)
         self.stream = Stream(tls, incoming, outgoing)
         self.first = b""
         """The first bytes that came."""

@@ -98,7 +98,7 @@ class Connection:
         if self._header is None:
             if len(self._buffer) < frames.HEADER_SIZE:
                 # Rubbish is refused from its first byte, not when a header's worth of it has come.
-                if not frames.MAGIC.startswith(bytes(self._buffer[:4])):
+                if not frames.may_begin(bytes(self._buffer[:4])):
                     frames.decode_header(bytes(self._buffer).ljust(frames.HEADER_SIZE, b"\0"), m.LIMITS)
                 return NEED_DATA
             self._header = frames.decode_header(bytes(self._buffer[: frames.HEADER_SIZE]), m.LIMITS)

@@ -38,6 +38,11 @@ class Header:
     crc: int
 
 
+def may_begin(data: bytes) -> bool:
+    """Whether these first bytes, at most 4, leave open what `decode_header` will say."""
+    return MAGIC.startswith(data) or any(len(data) < len(tls) and tls.startswith(data) for tls in _TLS)
+
+
 def encode_frame(type_: int, body: bytes) -> bytes:
     """Header and body."""
     prefix = _PREFIX.pack(MAGIC, type_, 0, len(body))

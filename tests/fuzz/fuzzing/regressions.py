@@ -1,0 +1,16 @@
+"""Inputs that once found something, shortened: (target, input in hexadecimal, what it was)."""
+
+from __future__ import annotations
+
+REGRESSIONS: tuple[tuple[str, str, str], ...] = (
+    (
+        "description",
+        "010132000208000001",
+        "names of fields that the source made up stood in a blocker as they came, terminal escapes and all",
+    ),
+    (
+        "stream",
+        "290e150010000300280015030000",
+        "the first byte of a TLS alert was refused as no protocol at all, and not as TLS",
+    ),
+)
