@@ -36,7 +36,8 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
-    ram = GuestMemory(64 * MIB)
+    """Without huge pages, so that exactly the pages that a test writes exist."""
+    ram = GuestMemory(64 * MIB, huge_pages=False)
     yield ram
     ram.close()
 
@@ -93,9 +94,7 @@ def test_reports_exactly_the_written_pages(tracker: DirtyTracker, memory: GuestM
     assert copy.differing() == []
 
 
-def test_never_touched_pages_are_never_reported_nor_brought_to_life(
-    tracker: DirtyTracker, memory: GuestMemory
-) -> None:
+def test_never_touched_pages_are_never_reported_nor_brought_to_life(tracker: DirtyTracker, memory: GuestMemory) -> None:
     memory.buffer[0] = 1
     tracker.start()
     for _ in range(3):
@@ -157,8 +156,44 @@ def test_start_again_begins_anew(tracker: DirtyTracker, memory: GuestMemory) -> 
     assert tracker.collect().tolist() == [[0, 1]]
 
 
-def test_no_write_is_missed_while_three_threads_write(tracker: DirtyTracker, memory: GuestMemory) -> None:
+def test_a_written_page_of_a_huge_page_is_reported_alone(kind: str) -> None:
+    memory = GuestMemory(8 * MIB)
+    words = np.frombuffer(memory.buffer, dtype=np.uint64).reshape(-1, 512)
+    words[700, 0] = 1
+    if memory.touched_ranges().tolist() != [[512, 1024]]:
+        pytest.skip("this kernel gives no huge pages")
+    tracker = open_tracker(memory)
+    tracker.start()
+    copy = Copy(memory, tracker)
+    copy.take(memory.touched_ranges())
+    assert tracker.collect().tolist() == []
+    words[701, 5] = 1
+    words[1023, 511] = 1
+    assert tracker.collect().tolist() == [[701, 702], [1023, 1024]]
+    words[1500, 0] = 1  # a huge page that comes to life
+    copy.take(tracker.collect())
+    copy.take(tracker.collect())
+    words[1501, 0] = 1
+    assert tracker.collect().tolist() in ([[701, 702], [1023, 1024], [1501, 1502]], [[1501, 1502]])
+    tracker.stop()
+
+
+def test_reading_untouched_ram_is_no_write(tracker: DirtyTracker, memory: GuestMemory) -> None:
+    memory.buffer[0] = 1
+    tracker.start()
+    copy = Copy(memory, tracker)
+    copy.take(memory.touched_ranges())
+    assert memory.buffer[5 * PAGE_SIZE] == 0
+    assert tracker.collect().tolist() == []
+    memory.buffer[5 * PAGE_SIZE] = 1
+    assert tracker.collect().tolist() == [[5, 6]]
+
+
+@pytest.mark.parametrize("huge", [False, True])
+def test_no_write_is_missed_while_three_threads_write(kind: str, huge: bool) -> None:
     """Whole rounds against writers that fill, scatter and flip there and back; at the end the copy must be equal."""
+    memory = GuestMemory(64 * MIB, huge_pages=huge)
+    tracker = open_tracker(memory)
     words = np.frombuffer(memory.buffer, dtype=np.uint64)
     stop = threading.Event()
     third = memory.pages // 3
@@ -201,20 +236,19 @@ def test_no_write_is_missed_while_three_threads_write(tracker: DirtyTracker, mem
     copy.take(tracker.collect())
     assert copy.differing() == []
     assert seen > 1000, "the writers wrote nothing, so the test shows nothing"
+    tracker.stop()
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(
-        st.lists(st.tuples(st.integers(0, 4 * MIB // PAGE_SIZE - 1), st.integers(1, 3)), max_size=12), max_size=6
-    )
+    st.lists(st.lists(st.tuples(st.integers(0, 4 * MIB // PAGE_SIZE - 1), st.integers(1, 3)), max_size=12), max_size=6)
 )
 def test_uffd_equals_a_list_of_what_was_written(rounds: list[list[tuple[int, int]]]) -> None:
     kinds = {kind.name: kind for kind in tracker_kinds()}
     reason = kinds["uffd"].unusable()
     if reason:
         pytest.skip(f"dirty tracker uffd cannot work here: {reason}")
-    memory = GuestMemory(4 * MIB)
+    memory = GuestMemory(4 * MIB, huge_pages=False)
     tracker = kinds["uffd"].make(memory)
     tracker.start()
     for writes in rounds:
@@ -235,7 +269,8 @@ def test_more_runs_than_one_scan_returns(memory: GuestMemory) -> None:
         pytest.skip(f"dirty tracker uffd cannot work here: {reason}")
     tracker = dirty_uffd.UffdTracker(memory)
     tracker.start()
-    tracker._rows = np.empty((3, 3), dtype=np.uint64)
+    assert tracker._pagemap is not None
+    tracker._pagemap.use_rows(3)
     words = np.frombuffer(memory.buffer, dtype=np.uint64).reshape(-1, 512)
     words[0:1000:2, 0] = 1
     assert pages.to_numbers(tracker.collect()).tolist() == list(range(0, 1000, 2))
@@ -253,7 +288,7 @@ def test_uffd_works_without_privilege() -> None:
         "assert os.getuid() != 0\n"
         "reason = uffd_unusable()\n"
         "if reason: print('unusable:', reason); sys.exit()\n"
-        "m = GuestMemory(1 << 20); m.buffer[:] = bytes(1 << 20)\n"
+        "m = GuestMemory(1 << 20, huge_pages=False); m.buffer[:] = bytes(1 << 20)\n"
         "t = UffdTracker(m); t.start()\n"
         "r, w = os.pipe(); os.write(w, b'x' * 5000); os.readv(r, [m.buffer[8192:16384]])\n"
         "print(t.collect().tolist())\n"

@@ -66,9 +66,7 @@ def test_conversions_round_trip(pairs: list[tuple[int, int]]) -> None:
 
 
 @given(rows, st.integers(1, 9), st.one_of(st.none(), st.integers(1, 3)))
-def test_batches_are_bounded_full_and_in_order(
-    pairs: list[tuple[int, int]], limit: int, max_runs: int | None
-) -> None:
+def test_batches_are_bounded_full_and_in_order(pairs: list[tuple[int, int]], limit: int, max_runs: int | None) -> None:
     runs = pages.merge(as_runs(pairs))
     cut = list(pages.batches(runs, limit * PAGE_SIZE + 17, max_runs))
     assert [page for batch in cut for first, end in batch.tolist() for page in range(first, end)] == sorted(

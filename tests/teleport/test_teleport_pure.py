@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
+from types import SimpleNamespace
 
-import pytest
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmf.errors import MachineError
+from vmf.machine.memory import PAGE_SIZE, GuestMemory
 from vmf.teleport.check import Blocker, compare_descriptions, compare_payloads, show
 from vmf.teleport.clocks import ClockOffset
 from vmf.teleport.converge import FIXED_NS, THROTTLE_STEPS, Convergence, Decision, RoundStats
 from vmf.teleport.progress import Reporter
-from vmf.teleport.ram import _FreshWriter
-from vmf.testing.teleport import SocketChannel
+from vmf.teleport.protocol.runs import unpack_runs
+from vmf.teleport.ram import RamSender
 
 MS = 1_000_000
 MIB = 1 << 20
@@ -166,17 +165,33 @@ def test_a_failing_listener_is_set_aside():
     assert len(calls) == 1
 
 
-def test_ram_that_cannot_be_written_is_a_clear_error():
-    ours, theirs = socket.socketpair()
-    fd = os.open("/dev/null", os.O_RDONLY)
-    writer = _FreshWriter(fd)
-    try:
-        theirs.sendall(bytes(8192))
-        writer.receive(SocketChannel(ours, "x"), 0, 8192)
-        with pytest.raises(MachineError, match="guest RAM could not be written"):
-            writer.flush()
-    finally:
-        writer.close()
-        os.close(fd)
-        ours.close()
-        theirs.close()
+class _Wire:
+    """Counts what a `RamSender` says."""
+
+    def __init__(self) -> None:
+        self.pages: list[list[list[int]]] = []
+        self.zeros: list[list[list[int]]] = []
+
+    def send_pages(self, _round, runs, _base, ranges) -> int:
+        self.pages.append(runs.tolist())
+        return int(ranges[:, 1].sum())
+
+    def send(self, message) -> None:
+        self.zeros.append(unpack_runs(message.runs).tolist())
+
+
+def test_only_zeros_in_the_place_of_something_are_mentioned():
+    """A page that was zero whenever it was sent costs nothing, in any round."""
+    memory = GuestMemory(64 * PAGE_SIZE, huge_pages=False)
+    wire = _Wire()
+    sender = RamSender(memory, wire, SimpleNamespace(needs_staging=False))
+    memory.buffer[: 8 * PAGE_SIZE] = bytes(8 * PAGE_SIZE)
+    memory.buffer[2 * PAGE_SIZE] = 1
+    sender.send_round(1, np.array([[0, 8]], dtype=np.uint64), stopped=False)
+    assert (wire.pages, wire.zeros) == ([[[2, 3]]], [])
+    memory.buffer[2 * PAGE_SIZE] = 0
+    sender.send_round(2, np.array([[0, 8]], dtype=np.uint64), stopped=False)
+    assert (wire.pages, wire.zeros) == ([[[2, 3]]], [[[2, 3]]])
+    sender.send_round(3, np.array([[0, 8]], dtype=np.uint64), stopped=True)
+    assert (wire.pages, wire.zeros) == ([[[2, 3]]], [[[2, 3]]])
+    memory.close()

@@ -8,17 +8,11 @@ any message to anybody, at the price of one minor fault (about 1 µs). PAGEMAP_S
 runs of entries whose bit is clear ("written"), and with PM_SCAN_WP_MATCHING sets the bit again in the same step,
 under the page-table lock: a write either came before and is in the result, or faults and is in the next one.
 
-What counts as written, as found by experiment (Linux 6.18):
-
-- an entry that is present without the bit: written, or mapped anew since (also by a mere read);
-- an *empty* entry without the bit's marker: the page may have been written and then taken away by reclaim. So pages
-  that were never there are reported as well, and the scan leaves markers for them. Pages that are holes of the memfd
-  were never written, so the result is cut down to the pages that exist; those known to exist are not asked for again.
-
-Markers need page tables (2 MiB for each GiB of RAM) and every later scan walks them, so only the 2-MiB stretches of
-RAM in which at least one page exists are *watched*. Every `collect` first looks for pages in the rest (SEEK_DATA, one
-system call for each stretch that comes to life) and watches their stretches too: all pages of a new stretch that
-exist are then reported as written, which is true. A page that comes to life after that look is found by the next one.
+An entry that is present without the bit was written, or came to life since the last scan: that is a write, too, except
+where it maps the kernel's page of zeros (a mere read), which is left out. Empty entries must not be protected: the
+kernel would keep a marker for each, which needs page tables for the whole of RAM. The scan therefore asks for entries
+that are present or swapped out. A huge page is one entry with one bit; the first write to a protected one splits it
+into 4-KiB entries that carry the bit, so that a single page counts as written.
 
 Pages that the first round of a teleport sends must be asked for (`GuestMemory.touched_ranges`) after `start`.
 
@@ -35,10 +29,9 @@ import os
 import platform
 
 import numpy as np
-import numpy.typing as npt
 
 from vmf.errors import MachineError, VmfError
-from vmf.machine import pages
+from vmf.machine import pagemap, pages
 from vmf.machine.dirty import DirtyTracker, PageRuns
 from vmf.machine.memory import PAGE_SIZE, GuestMemory
 
@@ -49,28 +42,13 @@ _NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFD_USER_MODE_ONLY = 1
 _UFFD_API = 0xAA
 _UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
-_UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
-_UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
 _UFFD_FEATURE_WP_ASYNC = 1 << 15
 _UFFDIO_REGISTER_MODE_WP = 1 << 1
 _UFFDIO_API = 0xC018AA3F  # _IOWR(UFFDIO, 0x3F, struct uffdio_api)
 _UFFDIO_REGISTER = 0xC020AA00  # _IOWR(UFFDIO, 0x00, struct uffdio_register)
 _UFFDIO_UNREGISTER = 0x8010AA01  # _IOR(UFFDIO, 0x01, struct uffdio_range)
 
-# <linux/fs.h>
-_PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
-_PM_SCAN_WP_MATCHING = 1 << 0
-_PM_SCAN_CHECK_WPASYNC = 1 << 1
-_PAGE_IS_WRITTEN = 1 << 1
-
-_FEATURES = (
-    _UFFD_FEATURE_PAGEFAULT_FLAG_WP
-    | _UFFD_FEATURE_WP_HUGETLBFS_SHMEM
-    | _UFFD_FEATURE_WP_UNPOPULATED
-    | _UFFD_FEATURE_WP_ASYNC
-)
-_STRETCH_BYTES = 512 * PAGE_SIZE
-"""What one page table maps."""
+_FEATURES = _UFFD_FEATURE_PAGEFAULT_FLAG_WP | _UFFD_FEATURE_WP_ASYNC
 _SCAN_ROWS = 1 << 15
 """Rows of the result array: 768 KiB. More runs than that take several calls."""
 
@@ -87,42 +65,7 @@ class _UffdioRegister(ctypes.Structure):
     _fields_ = [("range", _UffdioRange), ("mode", ctypes.c_uint64), ("ioctls", ctypes.c_uint64)]
 
 
-class _PmScanArg(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "size",
-            "flags",
-            "start",
-            "end",
-            "walk_end",
-            "vec",
-            "vec_len",
-            "max_pages",
-            "category_inverted",
-            "category_mask",
-            "category_anyof_mask",
-            "return_mask",
-        )
-    ]
-
-
-# CDLL (not PyDLL) functions run without the GIL; `fcntl.ioctl` would copy or refuse these arguments.
 _libc = ctypes.CDLL(None, use_errno=True)
-_ioctl = _libc.ioctl
-_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-_ioctl.restype = ctypes.c_int
-
-
-def _call(fd: int, request: int, argument: ctypes.Structure) -> int:
-    """ioctl(2), again after EINTR; raises OSError."""
-    while True:
-        result = int(_ioctl(fd, request, ctypes.addressof(argument)))
-        if result >= 0:
-            return result
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
 
 
 def _open_userfaultfd() -> int:
@@ -141,7 +84,7 @@ def _open_userfaultfd() -> int:
         }.get(number, os.strerror(number))
         raise MachineError(f"{why}.")
     try:
-        _call(fd, _UFFDIO_API, _UffdioApi(_UFFD_API, _FEATURES, 0))
+        pagemap.call(fd, _UFFDIO_API, _UffdioApi(_UFFD_API, _FEATURES, 0))
     except OSError as error:
         os.close(fd)
         raise MachineError("this kernel's userfaultfd has no asynchronous write-protect (Linux 6.7).") from error
@@ -156,11 +99,8 @@ class UffdTracker(DirtyTracker):
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._uffd = -1
-        self._pagemap = -1
-        self._rows = np.empty((0, 3), dtype=np.uint64)
-        self._known = pages.empty()
+        self._pagemap: pagemap.PageMap | None = None
         self._cleared: list[PageRuns] = []
-        self._watched = pages.empty()
 
     def start(self) -> None:
         """Raises MachineError when the kernel refuses."""
@@ -168,14 +108,11 @@ class UffdTracker(DirtyTracker):
         memory = self._memory
         self._uffd = _open_userfaultfd()
         try:
-            self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._pagemap = pagemap.PageMap()
+            self._pagemap.use_rows(_SCAN_ROWS)
             register = _UffdioRegister(_UffdioRange(memory.address, memory.size), _UFFDIO_REGISTER_MODE_WP, 0)
-            _call(self._uffd, _UFFDIO_REGISTER, register)
-            self._rows = np.empty((_SCAN_ROWS, 3), dtype=np.uint64)
-            self._watch_new_stretches()
-            self._known = memory.touched_ranges()
-            for first, end in self._watched.tolist():
-                self._scan(None, first, end)
+            pagemap.call(self._uffd, _UFFDIO_REGISTER, register)
+            self._scan(self._pagemap)
             memory.clear_observers.append(self._cleared.append)
         except OSError as error:
             self.stop()
@@ -184,68 +121,29 @@ class UffdTracker(DirtyTracker):
                 "Set VMF_DIRTY_TRACKER=hash to compare pages instead.",
             ) from error
 
-    def _watch_new_stretches(self) -> None:
-        """Find stretches outside the watched ones in which a page exists by now, and watch them from now on."""
-        memory = self._memory
-        found: list[tuple[int, int]] = []
-        for first, end in pages.subtract(pages.full(memory.pages), self._watched).tolist():
-            position = first * PAGE_SIZE
-            while position < end * PAGE_SIZE:
-                data = memory.next_data(position)
-                if data >= end * PAGE_SIZE:
-                    break
-                start = data // _STRETCH_BYTES * _STRETCH_BYTES
-                position = min(start + _STRETCH_BYTES, memory.size)
-                found.append((start // PAGE_SIZE, position // PAGE_SIZE))
-        if found:
-            self._watched = pages.union(self._watched, np.array(found, dtype=np.uint64))
-
-    def _scan(self, rows: npt.NDArray[np.uint64] | None, first_page: int, end_page: int) -> PageRuns:
-        """Runs of written entries, not normal, protecting them again; with no `rows` to put them in, only protect."""
-        base = self._memory.address
-        end = base + end_page * PAGE_SIZE
-        argument = _PmScanArg(
-            size=ctypes.sizeof(_PmScanArg),
-            flags=_PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC,
-            start=base + first_page * PAGE_SIZE,
-            end=end,
-            vec=0 if rows is None else rows.ctypes.data,
-            vec_len=0 if rows is None else len(rows),
-            category_mask=_PAGE_IS_WRITTEN,
-            return_mask=_PAGE_IS_WRITTEN,
+    def _scan(self, page_map: pagemap.PageMap) -> PageRuns:
+        """Runs of written pages; protects them again."""
+        return page_map.scan(
+            self._memory.address,
+            0,
+            self._memory.pages,
+            mask=pagemap.WRITTEN | pagemap.ZERO_FRAME,
+            inverted=pagemap.ZERO_FRAME,
+            any_of=pagemap.PRESENT | pagemap.SWAPPED,
+            flags=pagemap.WP_MATCHING | pagemap.CHECK_WPASYNC,
         )
-        found: list[PageRuns] = []
-        while True:
-            number = _call(self._pagemap, _PAGEMAP_SCAN, argument)
-            if rows is not None and number:
-                found.append((rows[:number, :2] - np.uint64(base)) // np.uint64(PAGE_SIZE))
-            if argument.walk_end >= end:
-                break
-            argument.start = argument.walk_end
-        return np.concatenate(found) if found else pages.empty()
 
     def collect(self) -> PageRuns:
-        if self._uffd < 0:
+        if self._pagemap is None:
             raise MachineError("dirty tracking has not been started.")
-        cleared = pages.empty()
+        found = []
         while self._cleared:
-            cleared = pages.union(cleared, self._cleared.pop())
+            found.append(self._cleared.pop())
         try:
-            self._watch_new_stretches()
-            written = pages.merge(
-                np.concatenate(
-                    [pages.empty()] + [self._scan(self._rows, first, end) for first, end in self._watched.tolist()]
-                )
-            )
+            found.append(self._scan(self._pagemap))
         except OSError as error:
             raise MachineError(f"reading the written pages of guest RAM failed: {error.strerror}.") from error
-        fresh = pages.subtract(written, self._known)
-        if not len(fresh):
-            return pages.union(written, cleared) if len(cleared) else written
-        # Asked after the scan: a page that came into being before the scan is there, one that came later may be.
-        exist = self._memory.touched_within(fresh)
-        self._known = pages.union(self._known, exist)
-        return pages.union(pages.subtract(written, pages.subtract(fresh, exist)), cleared)
+        return pages.merge(np.concatenate(found))
 
     def stop(self) -> None:
         if self._cleared.append in self._memory.clear_observers:
@@ -254,23 +152,20 @@ class UffdTracker(DirtyTracker):
         if self._uffd >= 0:
             whole = _UffdioRange(self._memory.address, self._memory.size)
             try:
-                _call(self._uffd, _UFFDIO_UNREGISTER, whole)
+                pagemap.call(self._uffd, _UFFDIO_UNREGISTER, whole)
             except OSError:
                 pass  # not registered, or the mapping is gone; closing frees the rest
             os.close(self._uffd)
             self._uffd = -1
-        if self._pagemap >= 0:
-            os.close(self._pagemap)
-            self._pagemap = -1
-        self._rows = np.empty((0, 3), dtype=np.uint64)
-        self._known = pages.empty()
-        self._watched = pages.empty()
+        if self._pagemap is not None:
+            self._pagemap.close()
+            self._pagemap = None
 
 
 @functools.cache
 def uffd_unusable() -> str | None:
     """Why `UffdTracker` cannot work here, found by trying it on three pages; None when it works."""
-    memory = GuestMemory(3 * PAGE_SIZE)
+    memory = GuestMemory(3 * PAGE_SIZE, huge_pages=False)
     tracker = UffdTracker(memory)
     try:
         memory.buffer[0] = 1

@@ -29,6 +29,7 @@ from vmf.errors import (
     VmfError,
 )
 from vmf.machine.memory import MIB, PAGE_SIZE
+from vmf.teleport.authentication import Attempts, Verifier, demand, methods_of
 from vmf.teleport.check import Blocker, compare_payloads
 from vmf.teleport.link import Canceller, Link, explain, farewell, remote_end
 from vmf.teleport.progress import ProgressListener, Reporter, TeleportSummary
@@ -62,12 +63,14 @@ class TargetOptions:
         idle_timeout_s: longest silence of the source.
         keepalive_s: how often the target shows that it is alive.
         done_timeout_s: how long to wait for the source's good-bye; the machine runs already.
+        verifier: of the password that a source has to know; None for none.
     """
 
     handshake_timeout_s: float = 10.0
     idle_timeout_s: float = 30.0
     keepalive_s: float = 5.0
     done_timeout_s: float = 2.0
+    verifier: Verifier | None = None
 
 
 def wait_for_teleport(
@@ -97,6 +100,7 @@ class _Target:
         cancel: threading.Event | None,
         options: TargetOptions,
     ) -> None:
+        self._attempts = Attempts()
         self._machine = machine
         self._listener = listener
         self._cancel = cancel
@@ -139,7 +143,9 @@ class _Target:
         """One session; None when the machine does not run here after it."""
         message = ""
         self._report.restart()
-        self._session = session = _Session(self._machine, channel, self._report, self._cancel, self._options)
+        self._session = session = _Session(
+            self._machine, channel, self._report, self._cancel, self._options, self._attempts
+        )
         try:
             summary = session.run()
             if summary is not None:
@@ -236,7 +242,9 @@ class _Session:
         report: Reporter,
         cancel: threading.Event | None,
         options: TargetOptions,
+        attempts: Attempts,
     ) -> None:
+        self._attempts = attempts
         self._machine = machine
         self._channel = channel
         self._report = report
@@ -275,7 +283,6 @@ class _Session:
         finally:
             self._over.set()
             self._canceller.close()
-            self._ram.close()
 
     def _failed(self, error: BaseException) -> BaseException:
         phase = self._link.phase
@@ -287,7 +294,6 @@ class _Session:
                     f"the source did not make its offer within {self._options.handshake_timeout_s:g} s."
                 )
         said = self._link.try_send(farewell(error)) or self._said_cancel
-        self._ram.close()
         if self._offered:
             self._machine.discard_arrival()
         self._link.finish(said=said)
@@ -368,13 +374,10 @@ class _Session:
             raise error
         own = m.FEATURES if isinstance(self._machine, StatesCapability) else ()
         features = tuple(feature for feature in own if feature in hello.features)
-        self._link.send(m.Welcome(hello.teleport_id, max(common), features, ("none",), software()))
-        proof = self._expect(m.Authenticate)
-        if proof.method != "none":
-            error = TeleportError("the source tried to authenticate by a method that was not offered.")
-            error.code = "authentication"
-            raise error
-        self._link.send(m.Authenticated(b""))
+        verifier, binding = self._options.verifier, self._channel.channel_binding()
+        methods = methods_of(verifier, binding)
+        self._link.send(m.Welcome(hello.teleport_id, max(common), features, methods, software()))
+        demand(verifier, binding, self._attempts, self._channel.remote.host, self._link.send, self._expect)
         return hello
 
     def _answer(self) -> None:
@@ -430,7 +433,6 @@ class _Session:
             elif isinstance(message, m.RoundEnd):
                 if message.round != round_:
                     raise RemoteProtocolError(f"the source ended round {message.round} in round {round_}.")
-                ram.flush()  # the acknowledgement means: in RAM
                 self._link.send(m.RoundAck(round_, counters.sent_bytes))
                 round_ += 1
                 report.update(force=True, round=round_)
@@ -438,7 +440,6 @@ class _Session:
                 paused_at = time.monotonic_ns()
             elif isinstance(message, m.State):
                 self._rounds = round_ - 1
-                ram.flush()
                 return message, paused_at
             else:
                 raise RemoteProtocolError(f"the source sent {message.word()} in the middle of RAM.")
