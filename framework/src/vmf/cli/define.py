@@ -36,7 +36,7 @@ def _hardware_options(function: F) -> F:
             "--cpu-backend",
             metavar="auto|unicorn|kvm",
             shell_complete=complete_backends,
-            help="CPU backend plugin; auto takes the fastest that works here.",
+            help="CPU backend plugin; auto takes the fastest that works here and honours the machine's CPUID settings.",
         ),
         click.option(
             "--device", "devices", multiple=True, metavar="NAME", help="Device plugin, repeatable (default: pc)."
@@ -58,6 +58,11 @@ def _hardware_options(function: F) -> F:
             multiple=True,
             metavar="FEATURE",
             help="CPU feature to leave out; none clears the list.",
+        ),
+        click.option(
+            "--cpuid-vendor",
+            metavar="VENDOR",
+            help="CPU vendor that the guest sees, as AuthenticAMD; none for the CPU backend's own.",
         ),
         click.option(
             "--teleport-peer",
@@ -203,7 +208,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-_CPUID_OPTIONS = ("cpuid_portability_level", "cpuid_set", "cpuid_remove", "teleport_peers")
+_CPUID_OPTIONS = ("cpuid_portability_level", "cpuid_set", "cpuid_remove", "cpuid_vendor", "teleport_peers")
 
 
 def _cpuid(old: CpuidConfig, options: dict[str, Any]) -> CpuidConfig:
@@ -215,7 +220,7 @@ def _cpuid(old: CpuidConfig, options: dict[str, Any]) -> CpuidConfig:
         return tuple(dict.fromkeys([*kept, *(each for each in given if each != NONE)]))
 
     added, removed = options["cpuid_set"], options["cpuid_remove"]
-    level = options["cpuid_portability_level"]
+    level, vendor = options["cpuid_portability_level"], options["cpuid_vendor"]
     return attrs.evolve(
         old,
         portability_level=old.portability_level if level is None else level,
@@ -223,6 +228,7 @@ def _cpuid(old: CpuidConfig, options: dict[str, Any]) -> CpuidConfig:
         set=more(tuple(each for each in old.set if each not in removed), added),
         remove=more(tuple(each for each in old.remove if each not in added), removed),
         peers=more(old.peers, options["teleport_peers"]),
+        vendor=old.vendor if vendor is None else "" if vendor == NONE else vendor,
     )
 
 

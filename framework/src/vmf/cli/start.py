@@ -133,6 +133,8 @@ class _Foreground(Observer):
         if self._as_json:
             say(json.dumps({"event": "running", "info": dict(info)}))
         else:
+            if info.get("cpu_backend_choice"):
+                say(f"CPU backend: {info['cpu_backend_choice']}.")
             for line in (info.get("cpuid") or {}).get("explanation", ()):
                 say(f"CPUID contract: {line}")
             backend = info.get("cpu_backend_used")

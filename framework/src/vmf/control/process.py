@@ -279,7 +279,8 @@ class _Reporter(Observer):
     def running(self, info: Mapping[str, Any]) -> None:
         log.info("Running on %s.", info.get("cpu_backend_used", "?"))
         cpuid = info.get("cpuid") or {}
-        notices = [f"CPUID contract: {line}" for line in cpuid.get("explanation", ())]
+        notices = [f"CPU backend: {info['cpu_backend_choice']}."] if info.get("cpu_backend_choice") else []
+        notices += [f"CPUID contract: {line}" for line in cpuid.get("explanation", ())]
         for line in notices:
             log.info("%s", line)
         state = str(info.get("state", "running"))

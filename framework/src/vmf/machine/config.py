@@ -36,6 +36,8 @@ MAX_MEMORY_MIB = 1 << 20
 MAX_FILE_BYTES = 1 << 20
 AUTO_LEVEL = "auto"
 """`cpuid.portability_level` that is negotiated with the peers."""
+CPU_VENDORS = ("GenuineIntel", "AuthenticAMD", "HygonGenuine", "CentaurHauls")
+"""What CPUID leaf 0 spells on the x86-64 processors that there are."""
 
 
 @frozen
@@ -251,6 +253,12 @@ def _cpuid_level(value: Any) -> None:
         raise _Bad("is no portability level", error.remedy) from None
 
 
+def _cpu_vendor(value: Any) -> None:
+    if value not in ("", *CPU_VENDORS):
+        choices = ", ".join(CPU_VENDORS)
+        raise _Bad("is no CPU vendor", f'Give one of {choices}, or "" for the CPU backend\'s own.')
+
+
 def _cpu_features(value: Any) -> None:
     if not isinstance(value, list | tuple):
         raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of CPU features, like ["aes"].')
@@ -347,12 +355,15 @@ class CpuidConfig:
         set, remove: CPU features, on top of the level.
         peers: HOST:PORT of machines that wait for a teleport. They are asked at every start, and the guest sees
             nothing that one of them cannot present.
+        vendor: the CPU vendor that the guest sees, as CPUID spells it; "" for the backend's own. A backend that can
+            present one vendor only refuses the others.
     """
 
     portability_level: str = _setting(_cpuid_level, default="0", converter=_level_text)
     set: tuple[str, ...] = _setting(_cpu_features, default=(), converter=_frozen_list)
     remove: tuple[str, ...] = _setting(_cpu_features, default=(), converter=_frozen_list)
     peers: tuple[str, ...] = _setting(_peers, default=(), converter=_frozen_list)
+    vendor: str = _setting(_cpu_vendor, default="")
 
 
 @frozen

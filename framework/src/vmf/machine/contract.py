@@ -1,37 +1,41 @@
 """What a machine's guest is going to see of its CPU: decided once, before its first instruction.
 
-    decision = decide(config, backend, registry)
-    hardware.plug_vcpu(decision.table, decision.tsc_khz)
+    decision = settle(config, registry, plug)
 
 The capability of the machine's own backend is the beginning. When the definition names teleport peers, the machines
 that wait there are asked for theirs (all at the same time), and the contract is made from what all can present; with
 the level "auto" at their common level. Installed policies may restrict it further.
+
+Which backend that is belongs to the same decision: with `--cpu-backend auto` the most preferred one that works here and
+can honour what the definition asks for (features that are set, the vendor, the peers' TSC rate) takes the machine, and
+when it fails to present the contract as it was told to, the next one does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmf.cpuid.contract import make_contract
-from vmf.cpuid.features import features_of
+from vmf.cpuid.features import CpuidError, features_of
 from vmf.cpuid.levels import LEVELS, Level, level_of, parse_level
 from vmf.cpuid.negotiate import Capability, negotiate
 from vmf.cpuid.render import table_json
-from vmf.errors import MachineError, VmfError
+from vmf.errors import BackendUnavailable, ContractOverridden, MachineError, StateError, VmfError
 from vmf.machine.config import AUTO_LEVEL, MachineConfig, split_peer
 from vmf.transport.base import Address
 
 if TYPE_CHECKING:
     from vmf.cpu.backend import CpuBackend
     from vmf.cpuid.table import CpuidTable
-    from vmf.plugins.bridge import PluginRegistry
+    from vmf.plugins.bridge import BackendRefusal, PluginRegistry
     from vmf.teleport.ask import HostCapability
 
 CONNECT_TIMEOUT_S = 10.0
+AUTO_BACKEND = "auto"
 
 
 @frozen
@@ -64,11 +68,14 @@ class ContractOrigin:
 
 @frozen
 class Decision:
-    """The contract, the rate of the guest's TSC in kHz, and why."""
+    """The contract, the rate of the guest's TSC in kHz, and why; for which backend, and, where that was chosen here,
+    why that one ("" when the user chose)."""
 
     table: CpuidTable
     tsc_khz: int
     origin: ContractOrigin
+    backend: CpuBackend
+    choice: str = ""
 
 
 def capability_of(backend: CpuBackend, where: str = "this host") -> Capability:
@@ -110,8 +117,13 @@ def ask_host(
         channel.close()
 
 
-def decide(config: MachineConfig, backend: CpuBackend, registry: PluginRegistry) -> Decision:
-    """The contract of a machine that is about to start.
+def decide(
+    config: MachineConfig, backend: CpuBackend, registry: PluginRegistry, answers: Sequence[Capability] | None = None
+) -> Decision:
+    """The contract of a machine that is about to start on this backend.
+
+    Args:
+        answers: what the definition's peers can present, when they were asked before.
 
     Raises MachineError naming every peer that could not be asked, CpuidError when there is no contract that all can
     honour or the definition asks for what cannot be presented.
@@ -123,7 +135,7 @@ def decide(config: MachineConfig, backend: CpuBackend, registry: PluginRegistry)
     explanation: list[str] = []
     table, khz = own.table, own.tsc_khz
     if wishes.peers:
-        answers = _ask_peers(config, registry)
+        answers = ask_peers(config, registry) if answers is None else answers
         agreement = negotiate([own, *answers])
         explanation = [f"Asked {', '.join(answer.name for answer in answers)}.", *agreement.explain()]
         if not agreement.possible:
@@ -133,17 +145,64 @@ def decide(config: MachineConfig, backend: CpuBackend, registry: PluginRegistry)
             khz = agreement.tsc_khz
         level = agreement.level if requested == AUTO_LEVEL else requested
     chosen = parse_level(level)
-    contract = make_contract(table, level, wishes.set, wishes.remove, tsc_khz=khz)
+    contract = make_contract(table, level, wishes.set, wishes.remove, vendor=wishes.vendor or None, tsc_khz=khz)
     for restricted in registry.hooks.cpuid_policy(config.name, contract):
         before = features_of(contract)
         contract = negotiate([contract, restricted]).table
         if lost := before - features_of(contract):
             explanation.append(f"A policy removed {', '.join(sorted(item.name for item in lost))}.")
     name = str(chosen.number) if isinstance(chosen, Level) else chosen.name
-    return Decision(contract, khz, ContractOrigin(name, requested, wishes.peers, tuple(explanation)))
+    return Decision(contract, khz, ContractOrigin(name, requested, wishes.peers, tuple(explanation)), backend)
 
 
-def _ask_peers(config: MachineConfig, registry: PluginRegistry) -> Sequence[Capability]:
+def settle(config: MachineConfig, registry: PluginRegistry, plug: Callable[[Decision], None]) -> Decision:
+    """Decide about backend and contract, and make the vCPU with `plug`; returns the decision that held.
+
+    With "auto" a backend that cannot honour what the definition asks for, or whose vCPU cannot be made for the contract
+    (see `plug`), is passed over for the next one, and the decision says so.
+
+    Args:
+        plug: raises BackendUnavailable, StateError or ContractOverridden when the vCPU cannot be made so.
+
+    Raises what `decide` and `plug` do when just one backend works here, and BackendUnavailable with the reasons of all
+    when there are more.
+    """
+    answers = ask_peers(config, registry) if config.cpuid.peers else None
+    if config.cpu_backend != AUTO_BACKEND:
+        decision = decide(config, registry.choose_cpu_backend(config.cpu_backend), registry, answers)
+        plug(decision)
+        return decision
+    made: list[Decision] = []
+    errors: list[VmfError] = []
+
+    def accept(backend: CpuBackend) -> str:
+        try:
+            decision = decide(config, backend, registry, answers)
+            plug(decision)
+        except (CpuidError, BackendUnavailable, StateError, ContractOverridden) as error:
+            errors.append(error)
+            return f"{error.message} {error.remedy}".rstrip()
+        made.append(decision)
+        return ""
+
+    chosen, refusals = registry.rank_cpu_backends(accept)
+    if chosen is None and len(errors) == 1:
+        raise errors[0]
+    if chosen is None:
+        raise registry.no_cpu_backend(refusals)
+    return evolve(made[-1], choice=describe_choice(made[-1].backend, refusals))
+
+
+def describe_choice(backend: CpuBackend, refusals: Sequence[BackendRefusal]) -> str:
+    """What "auto" chose and why, for people: "unicorn chosen; kvm cannot be used here: ..."."""
+    why = [str(refusal) for refusal in refusals] or [
+        "the most preferred one here, and it honours the machine's contract"
+    ]
+    return "; ".join([f"{backend.name} chosen", *why])
+
+
+def ask_peers(config: MachineConfig, registry: PluginRegistry) -> Sequence[Capability]:
+    """What the definition's peers can present. Raises MachineError naming every one that could not be asked."""
     teleporter = config.teleporter
     # `allow` is about who may come here.
     options = {key: value for key, value in teleporter.transport_options().items() if key != "allow"}

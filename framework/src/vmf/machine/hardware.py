@@ -113,21 +113,25 @@ class Hardware:
             )
         return self._lines(number)
 
-    def plug_vcpu(self, cpuid: CpuidTable, tsc_khz: int) -> None:
-        """Make the vCPU for a contract (again, when there was one). Takes tens of milliseconds."""
+    def plug_vcpu(self, cpuid: CpuidTable, tsc_khz: int, backend: CpuBackend | None = None) -> None:
+        """Make the vCPU for a contract (again, when there was one), of another backend if one is given.
+
+        Takes tens of milliseconds. After an error there is no vCPU, and the backend is the one before.
+        """
+        chosen = backend or self.backend
 
         def plug() -> None:
             if self._vcpu is not None:
                 self.thread.attach(None)
                 self._vcpu.close()
                 self._vcpu = None
-            vcpu = self.backend.create_vcpu(self.vcpu_environment(cpuid, tsc_khz))
+            vcpu = chosen.create_vcpu(self.vcpu_environment(cpuid, tsc_khz))
             try:
-                self._verify(vcpu, cpuid)
+                self._verify(vcpu, cpuid, chosen.name)
             except BaseException:
                 vcpu.close()
                 raise
-            self._vcpu = vcpu
+            self._vcpu, self.backend = vcpu, chosen
             self.cpuid, self.tsc_khz = cpuid, tsc_khz
             self.thread.attach(self._vcpu)
 
@@ -168,7 +172,7 @@ class Hardware:
 
         return self.thread.call(exchange)
 
-    def _verify(self, vcpu: Vcpu, contract: CpuidTable, backend: str = "") -> None:
+    def _verify(self, vcpu: Vcpu, contract: CpuidTable, backend: str) -> None:
         """Raise ContractOverridden unless the engine presents the contract, as far as it can tell."""
         presented = vcpu.read_cpuid()
         if presented is None:
@@ -177,11 +181,32 @@ class Hardware:
         if differences:
             reasons = "; ".join(f"{each.field} {each.contract}, presented {each.capability}" for each in differences)
             raise ContractOverridden(
-                f"the CPU backend {backend or self.backend.name} does not present the CPUID contract of machine"
-                f" {self.name}: {reasons}.",
+                f"the CPU backend {backend} does not present the CPUID contract of machine {self.name}: {reasons}.",
                 differences[0].remedy,
                 tuple(differences),
             )
+
+    def present_state(self) -> VcpuState | None:
+        """What the vCPU carries now, between two instructions; None where it cannot be said at this instant."""
+
+        def save() -> VcpuState | None:
+            if self._vcpu is None:
+                return None
+            try:
+                return self._vcpu.save()
+            except StateError:
+                return None
+
+        return self.thread.call(save)
+
+    def try_state(self, state: VcpuState) -> VcpuState:
+        """Put a state into the vCPU, which has not run yet, and read it back. Raises StateError."""
+
+        def attempt() -> VcpuState:
+            self.vcpu.restore(state)
+            return self.vcpu.save()
+
+        return self.thread.call(attempt)
 
     @property
     def vcpu(self) -> Vcpu:

@@ -31,7 +31,14 @@ from vmf.errors import (
 from vmf.machine import boot
 from vmf.machine.config import MachineConfig
 from vmf.machine.console import SerialConsole
-from vmf.machine.contract import ContractOrigin, Decision, decide, describe_contract
+from vmf.machine.contract import (
+    AUTO_BACKEND,
+    ContractOrigin,
+    Decision,
+    describe_choice,
+    describe_contract,
+    settle,
+)
 from vmf.machine.hardware import Hardware
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
@@ -203,10 +210,9 @@ class Machine:
             self.set_state(_S.STARTING)
             self._powering_off = False
             try:
-                hardware = self.assemble()
-                decision = self._contract(hardware.backend)
-                hardware.plug_vcpu(decision.table, decision.tsc_khz)
-                self.contract_origin = decision.origin
+                decision = settle(self.config, self.registry, self._plug)
+                self.contract_origin, self.backend_choice = decision.origin, decision.choice
+                hardware = self.hardware
                 hardware.power_on(self._load)
                 if not paused:
                     hardware.run()
@@ -218,9 +224,22 @@ class Machine:
             if paused:
                 self.pause()
 
-    def assemble(self) -> Hardware:
-        """Make the hardware, without a vCPU yet. For this room's modules."""
-        backend = self._choose_backend()
+    def _plug(self, decision: Decision) -> None:
+        hardware = self._hardware or self.assemble(decision.backend)
+        hardware.plug_vcpu(decision.table, decision.tsc_khz, decision.backend)
+
+    def assemble(self, backend: CpuBackend | None = None) -> Hardware:
+        """Make the hardware, without a vCPU yet. For this room's modules.
+
+        Args:
+            backend: None for the one of the definition; with "auto" the most preferred one that works here.
+        """
+        if backend is None:
+            name = self.config.cpu_backend
+            backend = self.registry.choose_cpu_backend(name)
+            self.backend_choice = ""
+            if name == AUTO_BACKEND:
+                self.backend_choice = describe_choice(backend, self.registry.rank_cpu_backends()[1])
         config = self.config
         self._hardware = Hardware(
             self.name,
@@ -234,22 +253,6 @@ class Machine:
             request_reset=self._guest_reset,
         )
         return self._hardware
-
-    def _choose_backend(self) -> CpuBackend:
-        backend = self.registry.choose_cpu_backend(self.config.cpu_backend)
-        self.backend_choice = ""
-        if self.config.cpu_backend == "auto":
-            refused = [
-                f"{other.name} cannot be used here: {other.availability().reason.rstrip('.')}"
-                for other in self.registry.cpu_backends()
-                if other.preference > backend.preference
-            ]
-            self.backend_choice = "; ".join([f"{backend.name} chosen", *refused])
-        return backend
-
-    def _contract(self, backend: CpuBackend) -> Decision:
-        """What the guest will see, and how that was decided; asks the teleport peers."""
-        return decide(self.config, backend, self.registry)
 
     def _load(self, memory: GuestMemory) -> VcpuState:
         config = self.config

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from vmf.cpuid.compare import blockers as cpuid_blockers
-from vmf.cpuid.compare import compare
 from vmf.cpuid.negotiate import Capability
-from vmf.cpuid.table import CpuidTable
 from vmf.device.base import Payload
-from vmf.errors import ContractOverridden, LocalProtocolError, StateError, TeleportError, VmfError
-from vmf.machine.contract import capability_of, origin_of_arrival
+from vmf.errors import LocalProtocolError, TeleportError
+from vmf.machine.contract import capability_of
+from vmf.machine.cpu_check import CpuCheck, describe_cpu
 from vmf.machine.dirty import DirtyTracker
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import MachineState
-from vmf.teleport.check import Blocker, compare_descriptions, show
+from vmf.teleport.check import Blocker, Hook, compare_descriptions, show
 
 if TYPE_CHECKING:
     from vmf.machine.machine import Machine
@@ -53,11 +51,7 @@ class TeleportView:
         return {
             "version": DESCRIPTION_VERSION,
             "memory_mib": machine.config.memory_mib,
-            "cpu": {
-                "tsc_khz": hardware.tsc_khz,
-                "cpuid": hardware.cpuid.to_wire(),
-                "level": "" if machine.contract_origin is None else machine.contract_origin.level,
-            },
+            "cpu": describe_cpu(machine, with_state=machine.state is not MachineState.TELEPORTING_IN),
             "devices": [[kind, instance] for kind, instance in hardware.device_keys()],
             "boot": machine.boot_digest(),
         }
@@ -66,25 +60,16 @@ class TeleportView:
         if source.get("version") != DESCRIPTION_VERSION:
             remedy = "Bring both hosts to the same release of vmf."
             return [Blocker("description", f"version {show(source.get('version'))}", f"{DESCRIPTION_VERSION}", remedy)]
-        hooks = {"devices": self._check_devices, "boot": self._check_boot, "cpu": self._check_cpu}
+        cpu = CpuCheck(self._machine)
+        hooks: dict[str, Hook] = {
+            "devices": self._check_devices,
+            "boot": self._check_boot,
+            "cpu": lambda there, _here: cpu.compare(there),
+        }
         found = compare_descriptions(self.name, source, self.describe(), hooks)
         if not found:
-            found = self._plug_vcpu(source["cpu"])
+            found = cpu.plug(source["cpu"])
         return found
-
-    def _plug_vcpu(self, cpu: Mapping[str, Any]) -> list[Blocker]:
-        """Make the vCPU for the source's contract; what the backend finds only then is a blocker, too."""
-        contract = CpuidTable.from_wire(cpu["cpuid"])
-        backend = self._machine.hardware.backend
-        try:
-            self._machine.hardware.plug_vcpu(contract, cpu["tsc_khz"])
-        except ContractOverridden as error:
-            return cpuid_blockers(error.differences)
-        except VmfError as error:
-            remedy = error.remedy or "Choose another CPU backend for the target machine (`--cpu-backend`)."
-            return [Blocker("CPU contract", "needed", f"{backend.name} cannot: {show(error.message)}", remedy)]
-        self._machine.contract_origin = origin_of_arrival(contract, cpu.get("level"))
-        return []
 
     def _check_devices(self, source: Any, target: Any) -> list[Blocker]:
         def rows(value: Any) -> dict[str, tuple[str, int]]:
@@ -116,28 +101,6 @@ class TeleportView:
                 values = [show(side.get(key, "none")) for side in (there, target)]
                 found.append(Blocker(key, values[0], values[1], remedy))
         return found
-
-    def _check_cpu(self, source: Any, _target: Any) -> list[Blocker]:
-        backend = self._machine.hardware.backend
-        try:
-            if not isinstance(source, Mapping) or type(khz := source.get("tsc_khz")) is not int:
-                raise StateError("the source does not describe its CPU.")
-            if not 0 < khz < 1 << 32:
-                raise StateError("the source's TSC rate is out of range.")
-            contract = CpuidTable.from_wire(source.get("cpuid"))
-        except StateError as error:
-            return [Blocker("CPU", "unreadable", backend.name, f"{error} Bring both hosts to the same release of vmf.")]
-        native = backend.tsc_khz()
-        found = compare(
-            contract,
-            backend.cpuid_capability(),
-            machine=self.name,
-            tsc_khz=khz,
-            capability_tsc_khz=native,
-            tsc_scaling=backend.tsc_khz_supported(khz),
-            level=origin_of_arrival(contract, source.get("level")).number if source.get("level") else 0,
-        )
-        return cpuid_blockers(found)
 
     def cpuid_capability(self) -> Capability:
         """What this machine's backend can present; the name is the backend's."""

@@ -48,6 +48,26 @@ DRIVER_HOOKS = {
 """Plugin kind to the one hook that its plugins implement; every other hook belongs to kind "hooks"."""
 
 
+@attrs.frozen
+class BackendRefusal:
+    """Why "auto" passed a CPU backend over.
+
+    Attributes:
+        backend: its name.
+        usable: it works on this host, but does not suit the machine.
+        reason, remedy: one line each; the remedy may be "".
+    """
+
+    backend: str
+    usable: bool
+    reason: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        verdict = "does not suit this machine" if self.usable else "cannot be used here"
+        return f"{self.backend} {verdict}: {self.reason.rstrip('.')}"
+
+
 class LoadedPlugin:
     """An imported plugin that passed all checks that need no call of it."""
 
@@ -157,17 +177,34 @@ class PluginRegistry:
                     f"The CPU backend '{name}' cannot work here: {here.reason.rstrip('.')}.", here.remedy
                 )
             return backend
-        refusals = []
+        chosen, refusals = self.rank_cpu_backends(accept)
+        if chosen is not None:
+            return chosen
+        raise self.no_cpu_backend(refusals)
+
+    def no_cpu_backend(self, refusals: Sequence[BackendRefusal]) -> BackendUnavailable:
+        """The error for "auto" when nobody was left."""
+        reasons = [f"{item.backend}: {item.reason.rstrip('.')}. {item.remedy}".strip() for item in refusals]
+        reasons += [str(problem) for problem in self.problems if " cpu plugin " in f" {problem.message}"]
+        if any(item.usable for item in refusals):
+            return BackendUnavailable("No CPU backend here suits this machine. " + " ".join(reasons))
+        return BackendUnavailable(
+            "No CPU backend can work here. " + " ".join(reasons), "Install one: pip install vmf-cpu-unicorn."
+        )
+
+    def rank_cpu_backends(
+        self, accept: Callable[[CpuBackend], str] | None = None
+    ) -> tuple[CpuBackend | None, list[BackendRefusal]]:
+        """The most preferred backend that works here and that `accept` (see above) has nothing against, or None; and
+        why each of those before it was passed over."""
+        refusals: list[BackendRefusal] = []
         for backend in self.cpu_backends():
             here = backend.availability()
             reason = (accept(backend) if accept is not None else "") if here.usable else here.reason
             if not reason:
-                return backend
-            refusals.append(f"{backend.name}: {reason.rstrip('.')}. {here.remedy}".strip())
-        refusals += [str(problem) for problem in self.problems if " cpu plugin " in f" {problem.message}"]
-        raise BackendUnavailable(
-            "No CPU backend can work here. " + " ".join(refusals), "Install one: pip install vmf-cpu-unicorn."
-        )
+                return backend, refusals
+            refusals.append(BackendRefusal(backend.name, here.usable, reason, here.remedy))
+        return None, refusals
 
     def transport(self, scheme: str) -> Transport:
         """The transport for `scheme:host:port`. Raises PluginError."""
