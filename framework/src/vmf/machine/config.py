@@ -91,12 +91,18 @@ class _Bad(ValueError):
 Check = Callable[[Any], None]
 
 
-def _setting(check: Check, **arguments: Any) -> Any:
-    return attrs.field(metadata={"check": check}, **arguments)
+def _setting(check: Check, *, secret: bool = False, **arguments: Any) -> Any:
+    """A field; the value of a secret one is neither shown in messages nor by `repr`."""
+    return attrs.field(metadata={"check": check, "secret": secret}, repr=not secret, **arguments)
 
 
 def _section(section: type[Any]) -> Any:
     return attrs.field(factory=section, metadata={"section": section})
+
+
+def _sections(section: type[Any]) -> Any:
+    """A list of sections, `[[name]]` in TOML."""
+    return attrs.field(factory=tuple, converter=_frozen_list, metadata={"sections": section})
 
 
 # -- checks: each raises _Bad --------------------------------------------------------------------------------
@@ -204,6 +210,21 @@ def _device_options(value: Any) -> None:
         raise _Bad("is not a section of sections", "Write a [device_options.NAME] section for each device plugin.")
 
 
+DRIVE_TYPES = ("hdd", "dvddrive", "floppy")
+MAX_DRIVES = 16
+
+
+def _drive_type(value: Any) -> None:
+    if value not in DRIVE_TYPES:
+        raise _Bad("is no kind of drive", f"Write one of {', '.join(DRIVE_TYPES)}.")
+
+
+def _medium(value: Any) -> None:
+    _text(4096)(value)
+    if value and not os.path.isabs(value) and not re.match(r"[a-z][a-z0-9+.-]+:", value):
+        raise _Bad("is neither an absolute path nor a URI", "Write the whole path of the image, or SCHEME:...")
+
+
 def _path(value: Any) -> None:
     if value is None:
         return
@@ -224,6 +245,21 @@ def _allowed_names(value: Any) -> None:
             raise _Bad("has an empty name", "Write the name in the source's certificate.")
     if len(value) > 256:
         raise _Bad("has more than 256 names", "Use an own CA for the hosts that may teleport here.")
+
+
+def _verifier(value: Any) -> None:
+    """Its messages never quote the value: it may be a password that somebody wrote there."""
+    if value is None:
+        return
+    remedy = "Set the password with `vmf modifyvm NAME --teleporter-password-file FILE`, or drop the key."
+    if not isinstance(value, str):
+        raise _Bad(f"is {_kind(value)}, not a text", remedy)
+    from vmf.teleport.authentication import Verifier
+
+    try:
+        Verifier.parse(value)
+    except ValueError:
+        raise _Bad("is no salted verifier (a password never stands here itself)", remedy) from None
 
 
 def _address(value: Any) -> None:
@@ -327,6 +363,8 @@ class TeleporterConfig:
         tls_dir: directory with this host's certificates; None for vmf's usual one.
         allow: names of the sources (in their certificates) that may teleport here; none allows all that the
             transport lets in.
+        password_verifier: what a source's password is checked against, see `vmf.teleport.authentication.Verifier`;
+            None for no password.
     """
 
     enabled: bool = _setting(_switch, default=False)
@@ -335,6 +373,7 @@ class TeleporterConfig:
     transport: str = _setting(_plugin_name, default="tcp")
     tls_dir: Path | None = _setting(_path, default=None, converter=_absolute)
     allow: tuple[str, ...] = _setting(_allowed_names, default=(), converter=_frozen_list)
+    password_verifier: str | None = _setting(_verifier, secret=True, default=None)
 
     def transport_options(self) -> dict[str, Any]:
         """The settings that are the transport's own, as `Address.options` has them."""
@@ -367,6 +406,27 @@ class CpuidConfig:
 
 
 @frozen
+class DriveConfig:
+    """A section `drives`: one storage port.
+
+    Attributes:
+        port: unique in the machine.
+        type: "hdd", "dvddrive" or "floppy".
+        medium: absolute path or URI of the image; "" for an empty drive.
+        read_only: the guest cannot write; always so in a dvddrive.
+    """
+
+    port: int = _setting(_whole(0, MAX_DRIVES - 1, "a port"))
+    type: str = _setting(_drive_type, default="hdd")
+    medium: str = _setting(_medium, default="")
+    read_only: bool = _setting(_switch, default=False)
+
+    @property
+    def writable(self) -> bool:
+        return bool(self.medium) and not self.read_only and self.type != "dvddrive"
+
+
+@frozen
 class MachineConfig:
     """One machine's definition. Making one checks it; ConfigErrors lists everything that is wrong.
 
@@ -381,6 +441,7 @@ class MachineConfig:
         image: a bare-metal flat or ELF image instead of a kernel.
         devices: device plugins in the order in which they are made, interrupt controller first.
         device_options: by device plugin, its own settings.
+        drives: storage ports, in the order of their numbers.
         teleporter: waiting for a teleport.
         cpuid: what the guest sees of its CPU.
     """
@@ -396,6 +457,7 @@ class MachineConfig:
     image: Path | None = _setting(_path, default=None, converter=_absolute)
     devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=_frozen_list)
     device_options: Mapping[str, Mapping[str, Any]] = _setting(_device_options, factory=dict)
+    drives: tuple[DriveConfig, ...] = _sections(DriveConfig)
     teleporter: TeleporterConfig = _section(TeleporterConfig)
     cpuid: CpuidConfig = _section(CpuidConfig)
 
@@ -419,8 +481,11 @@ class MachineConfig:
         made: MachineConfig = _converter().structure(data, cls)
         return made
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for TOML or JSON; settings that are not set (None) are left out."""
+    def to_dict(self, *, secrets: bool = True) -> dict[str, Any]:
+        """Plain data for TOML or JSON; settings that are not set (None) are left out.
+
+        Without `secrets` it is fit to be shown: of secret settings it tells only that they are there.
+        """
         plain = _converter().unstructure(self)
         teleporter = plain["teleporter"]
         plain["teleporter"] = {
@@ -428,10 +493,12 @@ class MachineConfig:
             for key, value in teleporter.items()
             if value is not None and value != []
         }
+        if not secrets and "password_verifier" in plain["teleporter"]:
+            plain["teleporter"]["password_verifier"] = "(hidden)"
         return {
             key: str(value) if isinstance(value, Path) else value
             for key, value in plain.items()
-            if value is not None and value != {}
+            if value is not None and value != {} and (key, value) != ("drives", [])
         }
 
 
@@ -468,6 +535,21 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
         if isinstance(devices, list | tuple) and name not in devices
     ]
     found += _cpuid_conflicts(values.get("cpuid", {}))
+    found += _drive_conflicts(values.get("drives", ()))
+    return found
+
+
+def _drive_conflicts(drives: Any) -> list[Problem]:
+    found: list[Problem] = []
+    ports: set[Any] = set()
+    for number, drive in enumerate(drives if isinstance(drives, list | tuple) else ()):
+        values: Mapping[str, Any] = drive if isinstance(drive, Mapping) else attrs.asdict(drive)
+        key, port = f"drives[{number}]", values.get("port")
+        if port in ports:
+            found.append(Problem(f"{key}.port", _show(port), "is taken by another drive", "Give each its own port."))
+        ports.add(port)
+        if values.get("type", "hdd") == "hdd" and not values.get("medium"):
+            found.append(Problem(f"{key}.medium", "", "is missing, and a hard disk is never empty", "Name an image."))
     return found
 
 
@@ -501,8 +583,15 @@ def _problems_of(config: Any, prefix: str = "") -> list[Problem]:
     for field in attrs.fields(type(config)):
         value = getattr(config, field.name)
         section = field.metadata.get("section")
-        if section is None:
-            _try(field.metadata["check"], prefix + field.name, value, problems)
+        if (each := field.metadata.get("sections")) is not None:
+            for number, item in enumerate(_rows(prefix + field.name, value, problems)):
+                if isinstance(item, each):
+                    problems += _problems_of(item, f"{prefix}{field.name}[{number}].")
+                else:
+                    key = f"{prefix}{field.name}[{number}]"
+                    problems.append(Problem(key, _show(item), "is not a section", f"Use {each.__name__}."))
+        elif section is None:
+            _try(field, prefix + field.name, value, problems)
         elif isinstance(value, section):
             problems += _problems_of(value, f"{prefix}{field.name}.")
         else:
@@ -521,23 +610,35 @@ def _structured(cls: type[Any], data: Any, prefix: str, problems: list[Problem])
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1)
             remedy = f"Did you mean {prefix}{close[0]}?" if close else f"Known are {', '.join(fields)}."
-            problems.append(Problem(f"{prefix}{key}", _show(data[key]), "is not a setting", remedy))
+            shown = "(hidden)" if "password" in str(key) else _show(data[key])
+            problems.append(Problem(f"{prefix}{key}", shown, "is not a setting", remedy))
     for name, field in fields.items():
         if name not in data:
             if field.default is attrs.NOTHING:
                 problems.append(Problem(prefix + name, "", "is missing", "Add it."))
         elif "section" in field.metadata:
             _structured(field.metadata["section"], data[name], f"{prefix}{name}.", problems)
+        elif "sections" in field.metadata:
+            for number, item in enumerate(_rows(prefix + name, data[name], problems)):
+                _structured(field.metadata["sections"], item, f"{prefix}{name}[{number}].", problems)
         else:
-            _try(field.metadata["check"], prefix + name, data[name], problems)
+            _try(field, prefix + name, data[name], problems)
     return {name: data[name] for name in fields if name in data}
 
 
-def _try(check: Check, key: str, value: Any, problems: list[Problem]) -> None:
+def _rows(key: str, value: Any, problems: list[Problem]) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return list(value)
+    problems.append(Problem(key, _show(value), f"is {_kind(value)}, not a list of sections", f"Write [[{key}]]."))
+    return []
+
+
+def _try(field: Any, key: str, value: Any, problems: list[Problem]) -> None:
     try:
-        check(value)
+        field.metadata["check"](value)
     except _Bad as bad:
-        problems.append(Problem(key, _show(value), bad.reason, bad.remedy))
+        shown = "(hidden)" if field.metadata["secret"] else _show(value)
+        problems.append(Problem(key, shown, bad.reason, bad.remedy))
 
 
 def _converter() -> Any:

@@ -10,9 +10,9 @@ error of that request; the image stays usable.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from attrs import frozen
 
@@ -80,11 +80,12 @@ class ImageInfo:
 
 
 class LeaseStore(ABC):
-    """Where the lease of one image is kept: a small record that all hosts which see the image see, too.
+    """Where the lease of one image is kept: a small area that all hosts which see the image see, too.
 
-    Not thread-safe. Errors: StorageError.
+    `read` may be called from several threads, everything else from one at a time. Errors: StorageError.
 
     Attributes:
+        shared_slowly: reading costs a round trip to another host.
         place: for people ("/srv/web.img.vmf-lease").
         excludes: `lock` keeps every other host out, and the system frees it when its holder dies. Without it (a
             record on a block device or an NBD export) only agreement between source and target decides.
@@ -92,14 +93,15 @@ class LeaseStore(ABC):
 
     place: str
     excludes: bool
+    shared_slowly: bool = False
 
     @abstractmethod
     def read(self) -> bytes:
-        """The present record as the storage has it now, past this host's caches; b"" when there never was one."""
+        """What is there now (AREA_SIZE bytes, or fewer when less was ever written), past this host's caches."""
 
     @abstractmethod
-    def write(self, record: bytes) -> None:
-        """Replace the record (at most RECORD_SIZE bytes), durably."""
+    def write(self, offset: int, block: bytes) -> None:
+        """Write one block of the area at `offset` (bytes), durably."""
 
     @abstractmethod
     def lock(self) -> bool:
@@ -108,6 +110,10 @@ class LeaseStore(ABC):
     @abstractmethod
     def unlock(self) -> None:
         """Give the lock back; idempotent."""
+
+    def locked_elsewhere(self) -> bool:
+        """Whether somebody holds the lock now: a living owner. False where that cannot be told."""
+        return False
 
     @abstractmethod
     def still_locked(self) -> bool:
@@ -118,8 +124,22 @@ class LeaseStore(ABC):
         """Unlock and free it; idempotent."""
 
 
-RECORD_SIZE = 4096
-"""Bytes, one block of any storage."""
+AREA_SIZE = 8192
+"""Bytes that a lease needs."""
+
+
+class ImageMark:
+    """A mark on an image, see `StorageDriver.mark`.
+
+    Attributes:
+        token: to be told to the other host.
+    """
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def close(self) -> None:
+        """Take the mark off; idempotent."""
 
 
 class StorageDriver(ABC):
@@ -144,6 +164,30 @@ class StorageDriver(ABC):
         """
         return None
 
+    def mark(self, uri: str) -> ImageMark:
+        """Make this image recognisable, for `recognises` on another host, until the mark is closed.
+
+        For images that are only read (the others are recognised by their lease). Here: by some of their content.
+        """
+        return ImageMark(self._digest(uri))
+
+    def recognises(self, uri: str, token: str) -> bool:
+        """Whether the image at `uri`, as this host sees it, is the one that bears the mark."""
+        return token == self._digest(uri)
+
+    def _digest(self, uri: str) -> str:
+        image = self.open(uri, True)
+        try:
+            digest = hashlib.sha256(str(image.size).encode())
+            step = max(image.size // 64, 65536) // SECTOR_SIZE * SECTOR_SIZE
+            for offset in range(0, image.size, step):
+                block = bytearray(min(65536, image.size - offset))
+                image.readv(offset, [memoryview(block)])
+                digest.update(block)
+            return "content:" + digest.hexdigest()
+        finally:
+            image.close()
+
     def create(self, uri: str, size: int) -> None:
         """Make a new image of `size` bytes that reads as zeroes. Raises StorageError when it exists."""
         from vmf.errors import StorageError
@@ -152,8 +196,12 @@ class StorageDriver(ABC):
             f"images of {self.scheme}: cannot be made by vmf ({uri}).", "Make it with the storage server's own tools."
         )
 
-    def copy(self, uri: str, target: str, progress: Any = None) -> None:
-        """Copy the image to the new file `target`, sparse, sharing blocks where the file system can."""
+    def copy(self, uri: str, target: str, progress: Callable[[int, int], None] | None = None) -> None:
+        """Copy the image to the new file `target`, sparse, sharing blocks where the file system can.
+
+        Args:
+            progress: called with (bytes done, bytes in all).
+        """
         from vmf.errors import StorageError
 
         raise StorageError(

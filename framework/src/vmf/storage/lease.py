@@ -1,0 +1,260 @@
+"""Who may write an image: the lease, as a record and its transitions. No I/O here; `vmf.storage.holder` does that.
+
+Theory of operation. Every writable image has one record, kept beside it (or wherever its driver has a place that all
+hosts see). The record stands at FREE, HELD or OFFERED, and has a generation that grows with every change of owner:
+
+    FREE g      --claim-->      HELD g+1 by A                  a machine starts
+    HELD g by A --release-->    FREE g                         it ends
+    HELD g by A --offer(T)-->   OFFERED g by A to teleport T   it has flushed and closed; nobody may write
+    OFFERED g T --take(T)-->    HELD g+1 by B                  the target runs
+    OFFERED g T --take_back(T)-> HELD g+1 by A                 the teleport failed; the target has not taken it
+    any g       --break-->      FREE g+1                       a person decided
+
+A machine may write exactly while the record says HELD, by its own *incarnation* (a random number of one run of one
+machine) and with the generation at which it got it. `take` and `take_back` need the same OFFERED record and each
+leaves another one behind. Done under the store's lock, only one of them can happen: so after HANDOVER, whatever
+breaks, whoever of source and target gets to the lease first is the machine, and the other one can read that it is
+not. A store without a lock cannot decide such a race; there `take_back` after HANDOVER is refused and the source stays
+uncertain until a person has looked.
+
+The kernel's lock on the record's store is held for as long as the machine holds the lease. It is what tells a dead
+owner from a living one: HELD, but not locked, means that the owner died (or its host did, or is cut off).
+
+Machines with several writable images pass several leases at one handover. The first of them (the lowest port)
+decides: it is offered last and taken first, and who lost it touches none of the others.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from vmf.errors import ImageInUse, LeaseLost, StorageError
+
+FORMAT = 1
+BLOCK = 4096
+"""Bytes of one encoded record; a store has room for two, written in turn, so that a torn write loses nothing."""
+
+
+class Standing(enum.Enum):
+    FREE = "free"
+    HELD = "held"
+    OFFERED = "offered"
+
+
+@frozen
+class Owner:
+    """One run of one machine.
+
+    Attributes:
+        incarnation: random, of this run.
+        machine: its name.
+        uuid: of its definition.
+        host: the host's name, for people.
+        host_id: tells hosts apart; survives a reboot.
+        boot_id: of the running kernel; "" where it has none.
+        pid: of the process.
+    """
+
+    incarnation: str
+    machine: str
+    uuid: str
+    host: str
+    host_id: str
+    boot_id: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"machine {self.machine} on host {self.host} (process {self.pid})"
+
+
+@frozen
+class Record:
+    """The lease of one image.
+
+    Attributes:
+        image: random, made with the first record; names the lease, not the content.
+        generation: grows with every change of owner.
+        sequence: grows with every write of the record.
+        owner: who holds it, offered it, or had it last; None when nobody ever did.
+        teleport: OFFERED: the teleport's id.
+        probe: what the owner wrote there to be recognised by another host that looks at the same image.
+        since: seconds since the epoch on the owner's clock, for people only.
+    """
+
+    image: str
+    generation: int = 0
+    sequence: int = 0
+    standing: Standing = Standing.FREE
+    owner: Owner | None = None
+    teleport: str = ""
+    probe: str = ""
+    since: int = 0
+
+    def held_by(self, incarnation: str) -> bool:
+        return self.standing is Standing.HELD and self.owner is not None and self.owner.incarnation == incarnation
+
+
+def _next(record: Record, **changes: Any) -> Record:
+    return attrs.evolve(record, sequence=record.sequence + 1, **changes)
+
+
+# -- transitions: each returns the new record, or raises and nothing has happened -------------------------------
+
+
+def claim(record: Record, me: Owner, *, excludes: bool, since: int = 0) -> Record:
+    """A machine starts, and has got the store's lock: no living owner holds it (as far as the lock reaches).
+
+    Raises ImageInUse naming the owner when it cannot be proved dead: it was on another host, which may be cut off; or,
+    where nothing excludes, always.
+    """
+    owner = record.owner
+    if record.standing is not Standing.FREE and owner is not None and owner.incarnation != me.incarnation:
+        same_kernel = bool(me.boot_id) and owner.boot_id == me.boot_id
+        restarted = owner.uuid == me.uuid and owner.host_id == me.host_id
+        if not (excludes and (same_kernel or restarted)):
+            raise ImageInUse(
+                f"{_what(record)}, and it cannot be seen from here whether it still runs.",
+                "If it does, teleport it. If it is gone for good, see `vmf media locks`, then `vmf media break-lock`.",
+            )
+    return _next(
+        record,
+        standing=Standing.HELD,
+        generation=record.generation + 1,
+        owner=me,
+        teleport="",
+        probe="",
+        since=since,
+    )
+
+
+def verify(record: Record, me: Owner, generation: int) -> None:
+    """Raise LeaseLost unless `me` holds it since `generation`: the fence before every write."""
+    if record.held_by(me.incarnation) and record.generation == generation:
+        return
+    raise LeaseLost(
+        f"the image does not belong to {me} any more: {_what(record)}"
+        f" (generation {record.generation}, ours was {generation}).",
+        "Nothing was written. Power this machine off; the other one is the machine.",
+    )
+
+
+def publish(record: Record, me: Owner, generation: int, probe: str) -> Record:
+    """The owner writes a mark into the record, by which another host can tell that it sees the same one."""
+    verify(record, me, generation)
+    return _next(record, probe=probe)
+
+
+def offer(record: Record, me: Owner, generation: int, teleport: str) -> Record:
+    """The owner has flushed and closed, and lets the other side of this teleport take it."""
+    verify(record, me, generation)
+    return _next(record, standing=Standing.OFFERED, teleport=teleport)
+
+
+def take(record: Record, me: Owner, teleport: str, since: int = 0) -> Record:
+    """The target, told by HANDOVER. Raises LeaseLost when the offer does not stand any more."""
+    if record.standing is not Standing.OFFERED or record.teleport != teleport:
+        raise LeaseLost(
+            f"the handover came too late: {_what(record)} (generation {record.generation}).",
+            "The machine does not run here. Look where it runs: `vmf media locks`.",
+        )
+    return _next(
+        record,
+        standing=Standing.HELD,
+        generation=record.generation + 1,
+        owner=me,
+        teleport="",
+        probe="",
+        since=since,
+    )
+
+
+def take_back(record: Record, me: Owner, teleport: str, *, excludes: bool, handed_over: bool, since: int = 0) -> Record:
+    """The source, when the teleport failed.
+
+    Args:
+        handed_over: HANDOVER may have reached the target, which may take it at the same moment.
+
+    Raises LeaseLost when the target has taken it: the machine is there. StorageError when that cannot be decided
+    (nothing excludes the target): the source stays uncertain.
+    """
+    if handed_over and not excludes and record.standing is Standing.OFFERED:
+        raise StorageError(
+            "this storage has no locks, so it cannot decide whether the target is about to take the lease.",
+            "Look whether the machine runs at the target; if not, `vmf media break-lock`, and start it here.",
+        )
+    return take(record, me, teleport, since)
+
+
+def release(record: Record, me: Owner, generation: int) -> Record:
+    """The owner ends, having flushed and closed."""
+    verify(record, me, generation)
+    return _next(record, standing=Standing.FREE, teleport="", probe="")
+
+
+def broken(record: Record) -> Record:
+    """A person decided that the owner is gone."""
+    return _next(record, standing=Standing.FREE, generation=record.generation + 1, owner=None, teleport="", probe="")
+
+
+def _what(record: Record) -> str:
+    if record.standing is Standing.FREE:
+        return f"it was given up by {record.owner}" if record.owner is not None else "nobody holds it"
+    if record.standing is Standing.OFFERED:
+        return f"{record.owner} offered it to a teleport"
+    return f"it is held by {record.owner}"
+
+
+def describe(record: Record) -> str:
+    """One clause for people."""
+    return _what(record)
+
+
+# -- the bytes ---------------------------------------------------------------------------------------------------
+
+
+def encode(record: Record) -> bytes:
+    """One block: a line of JSON with a checksum before it, padded."""
+    plain = {"format": FORMAT, **attrs.asdict(record), "standing": record.standing.value}
+    body = json.dumps(plain, separators=(",", ":")).encode()
+    block = b"vmf-lease " + hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n"
+    if len(block) > BLOCK:
+        raise StorageError("the lease's record is too long.", "Give the machine a shorter name.")
+    return block.ljust(BLOCK, b"\0")
+
+
+def decode(area: bytes) -> Record | None:
+    """The newest whole record of a store's two blocks; None when nothing was ever written there.
+
+    Raises StorageError when there is something, but no whole record, or one of a newer vmf.
+    """
+    records = [record for at in (0, BLOCK) if (record := _decode(area[at : at + BLOCK])) is not None]
+    if records:
+        return max(records, key=lambda record: record.sequence)
+    if not area.strip(b"\0"):
+        return None
+    raise StorageError(
+        "the lease's record is damaged.",
+        "If no machine uses the image, make it anew with `vmf media break-lock`.",
+    )
+
+
+def _decode(block: bytes) -> Record | None:
+    head, _, rest = block.partition(b"\n")
+    body = rest.partition(b"\n")[0]
+    if head != b"vmf-lease " + hashlib.sha256(body).hexdigest().encode():
+        return None
+    try:
+        plain = json.loads(body)
+        if plain.pop("format") != FORMAT:
+            raise StorageError("the lease was written by a newer vmf.", "Bring all hosts to the same release of vmf.")
+        owner = plain.pop("owner")
+        standing = Standing(plain.pop("standing"))
+        return Record(**plain, standing=standing, owner=None if owner is None else Owner(**owner))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -1,0 +1,1 @@
+"""Raw disk images in files and on block devices."""

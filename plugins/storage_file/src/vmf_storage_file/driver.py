@@ -1,0 +1,257 @@
+"""Raw images by path or `file:` URI, on any file system that this host mounts, and on block devices.
+
+`file:/srv/web.img?lease=/mnt/shared/web.lease` keeps the lease somewhere else: for block devices (iSCSI), which have no
+"beside".
+
+Locks on an image: whoever writes it holds an exclusive one on the byte `IMAGE_LOCK`, whoever reads it a shared one.
+They back the lease up: should somebody delete the lease file, they still exclude; and NFS fails the I/O of a client
+whose locks it has lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from urllib.parse import unquote
+
+from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
+from vmf.storage.base import SECTOR_SIZE, ImageInfo, ImageMark, LeaseStore, StorageDriver, StorageImage
+from vmf.storage.uri import split_options
+from vmf_storage_file import kernel
+from vmf_storage_file.image import FileImage, explain
+from vmf_storage_file.leasefile import SUFFIX, LeaseFile
+
+IMAGE_LOCK = 1 << 62
+MARKS = 1 << 61
+"""Marks are locks on one of the 2^40 bytes from here."""
+FICLONE = 0x40049409  # <linux/fs.h>
+COPY_STEP = 16 << 20
+MAX_SIZE = 1 << 60
+
+
+class FileDriver(StorageDriver):
+    scheme = "file"
+
+    def probe(self, uri: str) -> ImageInfo:
+        path, _ = _parse(uri)
+        descriptor = _open(path, os.O_RDONLY)
+        try:
+            status = os.fstat(descriptor)
+            size = _size(path, descriptor)
+            regular = stat.S_ISREG(status.st_mode)
+            why = ""
+            if not os.access(path, os.W_OK, effective_ids=True):
+                read_only_there = os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
+                why = (
+                    "its file system is mounted read-only" if read_only_there else "you have no permission to write it"
+                )
+            return ImageInfo(
+                uri=uri,
+                size=size,
+                allocated=status.st_blocks * 512 if regular else None,
+                writable=not why,
+                why_read_only=why,
+                where=f"file on {kernel.file_system(descriptor)}" if regular else "block device",
+            )
+        finally:
+            os.close(descriptor)
+
+    def open(self, uri: str, read_only: bool) -> StorageImage:
+        path, _ = _parse(uri)
+        descriptor = _open(path, os.O_RDONLY if read_only else os.O_RDWR)
+        try:
+            size = _size(path, descriptor)
+            try:
+                locked = kernel.lock(descriptor, IMAGE_LOCK, exclusive=not read_only)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise explain(path, "locked", error) from error
+                locked = True  # a file system without locks: the lease's record alone decides
+            if not locked:
+                raise ImageInUse(
+                    f"{path} is {'written' if read_only else 'used'} by another machine or program.",
+                    "`vmf media locks` shows by which. Stop that one first.",
+                )
+            return FileImage(uri, path, descriptor, size, read_only=read_only)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def lease_store(self, uri: str, *, create: bool) -> LeaseStore | None:
+        path, place = _parse(uri)
+        if not place:
+            if not stat.S_ISREG(os.stat(path).st_mode if os.path.exists(path) else stat.S_IFREG):
+                return None
+            # The image's own name, not a link's: two names of one image have one lease.
+            place = os.path.realpath(path) + SUFFIX
+        try:
+            return LeaseFile(place, create=create)
+        except FileNotFoundError:
+            if create:
+                raise NotFoundError(
+                    f"there is no directory for the lease {place}.", "Make it, or mount the storage."
+                ) from None
+            return None
+
+    def mark(self, uri: str) -> ImageMark:
+        path, _ = _parse(uri)
+        descriptor = _open(path, os.O_RDONLY)
+        number = secrets.randbits(40)
+        try:
+            if kernel.lock(descriptor, MARKS + number, exclusive=False):
+                return _LockMark(f"lock:{number}", descriptor)
+        except OSError:
+            pass  # no locks there
+        os.close(descriptor)
+        return super().mark(uri)
+
+    def recognises(self, uri: str, token: str) -> bool:
+        if not token.startswith("lock:"):
+            return super().recognises(uri, token)
+        path, _ = _parse(uri)
+        try:
+            number = int(token.removeprefix("lock:"))
+            if not 0 <= number < 1 << 40:
+                return False
+        except ValueError:
+            return False
+        descriptor = _open(path, os.O_RDONLY)
+        try:
+            return kernel.is_locked(descriptor, MARKS + number)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def create(self, uri: str, size: int) -> None:
+        path, _ = _parse(uri)
+        if size <= 0 or size % SECTOR_SIZE or size > MAX_SIZE:
+            raise ConfigError(
+                f"{path}: an image cannot have {size} bytes.", f"Give a positive multiple of {SECTOR_SIZE} bytes."
+            )
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o660)
+        except FileExistsError:
+            raise StorageError(f"{path} is there already.", "Choose another name, or remove it.") from None
+        except OSError as error:
+            raise explain(path, "made", error) from error
+        try:
+            os.ftruncate(descriptor, size)
+        except OSError as error:
+            os.unlink(path)
+            raise explain(path, f"made with {size} bytes", error) from error
+        finally:
+            os.close(descriptor)
+
+    def copy(self, uri: str, target: str, progress: Callable[[int, int], None] | None = None) -> None:
+        path, _ = _parse(uri)
+        source = _open(path, os.O_RDONLY)
+        try:
+            size = _size(path, source)
+            copy = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(copy, size)
+                try:
+                    fcntl.ioctl(copy, FICLONE, source)
+                except OSError:
+                    _copy_data(source, copy, size, progress)
+                os.fsync(copy)
+            except BaseException:
+                os.unlink(target)
+                raise
+            finally:
+                os.close(copy)
+        except OSError as error:
+            raise explain(path, f"copied to {target}", error) from error
+        finally:
+            os.close(source)
+
+
+class _LockMark(ImageMark):
+    def __init__(self, token: str, descriptor: int) -> None:
+        super().__init__(token)
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _parse(uri: str) -> tuple[str, str]:
+    """(path of the image, path of its lease or "")."""
+    if os.path.isabs(uri):
+        return uri, ""
+    base, options = split_options(uri, ("lease",))
+    path = unquote(base.removeprefix("file:"))
+    if path.startswith("//"):
+        path = path.removeprefix("//").removeprefix("localhost")
+    for each in (path, options.get("lease", "/")):
+        if not os.path.isabs(each):
+            raise ConfigError(f"medium {uri}: {each or 'it'} is no absolute path.", "Write file:/the/whole/path.")
+    return path, options.get("lease", "")
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"there is no image {path} here.", "Mount the storage that has it, or make one with `vmf createmedium`."
+        ) from None
+    except OSError as error:
+        writing = flags & os.O_RDWR
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and writing:
+            raise StorageError(
+                f"{path} cannot be opened for writing: {error.strerror}.",
+                "Give yourself the permission, or attach it with --read-only.",
+            ) from error
+        raise explain(path, "opened", error) from error
+
+
+def _size(path: str, descriptor: int) -> int:
+    """Bytes. Raises StorageError for what is no image."""
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise StorageError(f"{path} is neither a file nor a block device.", "Name a disk image.")
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    if size % SECTOR_SIZE or not size:
+        raise StorageError(
+            f"{path} has {size} bytes, which is no disk: a disk has a multiple of {SECTOR_SIZE}.",
+            f"Is it a raw image? It could be padded with `truncate --size %{SECTOR_SIZE} {path}`.",
+        )
+    return size
+
+
+def _copy_data(source: int, copy: int, size: int, progress: Callable[[int, int], None] | None) -> None:
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break  # only a hole is left
+            raise
+        end = min(os.lseek(source, at, os.SEEK_HOLE), size)
+        while at < end:
+            at += _copy_step(source, copy, at, min(COPY_STEP, end - at))
+            if progress is not None:
+                progress(at, size)
+    if progress is not None:
+        progress(size, size)
+
+
+def _copy_step(source: int, copy: int, at: int, length: int) -> int:
+    try:
+        count = os.copy_file_range(source, copy, length, at, at)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        count = os.pwrite(copy, os.pread(source, length, at), at)
+    if not count:
+        raise OSError(errno.EIO, "the image became shorter meanwhile")
+    return count
