@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from vmf.cli.password import hide
 from vmf.errors import PluginError, VmfError
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -106,6 +107,8 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends the process."""
+    if arguments is None:
+        hide(sys.argv)
     sys.exit(run(arguments))
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vmf.machine.home import Home
 
 F = TypeVar("F", bound=Callable[..., Any])
+NONE = "none"
+"""Written for an option that names something, it takes that out of the definition."""
 
 
 def home() -> Home:
@@ -31,6 +33,13 @@ def _machine_names(ctx: click.Context, param: click.Parameter, incomplete: str) 
 def machine_argument(function: F) -> F:
     """The NAME of an existing machine, completed by the shell."""
     return click.argument("name", metavar="NAME", shell_complete=_machine_names)(function)
+
+
+def installed(kind: str, name: str) -> None:
+    """Raise PluginError unless a plugin of that name is installed; imports none."""
+    from vmf.plugins import discovery
+
+    discovery.find(kind, name)
 
 
 def say(text: str) -> None:

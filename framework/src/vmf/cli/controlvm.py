@@ -12,6 +12,7 @@ import click
 from vmf.cli.app import json_option
 from vmf.cli.cancelling import Cancelling
 from vmf.cli.common import home, machine_argument, printable, say
+from vmf.cli.password import password_from
 from vmf.cli.watch import switch_backend, trace
 from vmf.control.client import ControlClient
 
@@ -113,6 +114,21 @@ def reset(name: str) -> None:
 )
 @click.option("--tls-dir", metavar="DIR", help="This host's certificates (default: tls in vmf's home).")
 @click.option("--tls-hostname", metavar="NAME", help="Name in the target's certificate, if it is not that of --host.")
+@click.option(
+    "--password",
+    "--teleporter-password",
+    "password",
+    metavar="PASSWORD",
+    help="Password that was set at the target. Better: --password-file. Without the tls transport the machine's memory"
+    " crosses the network unencrypted all the same.",
+)
+@click.option(
+    "--password-file",
+    "--teleporter-password-file",
+    "password_file",
+    metavar="FILE|stdin",
+    help="The same, from the only line of a file (mode 0600), or from standard input.",
+)
 @click.option("--cancel", is_flag=True, help="Cancel the teleport that is under way.")
 @click.option("--check", "check_only", is_flag=True, help="Run every check against the target, and move nothing.")
 @click.option(
@@ -133,6 +149,8 @@ def teleport(
     transport: str,
     tls_dir: str | None,
     tls_hostname: str | None,
+    password: str | None,
+    password_file: str | None,
     cancel: bool,
     check_only: bool,
     progress: str,
@@ -150,6 +168,7 @@ def teleport(
       vmf controlvm web teleport --host otherhost --port 6000 --maxdowntime 100 --timeout 60
       vmf controlvm web teleport --check --host otherhost --port 6000
       vmf controlvm web teleport --host otherhost --port 6000 --transport tls
+      vmf controlvm web teleport --host otherhost --port 6000 --password-file secret
       vmf controlvm web teleport --cancel
     """
     if cancel and check_only:
@@ -161,8 +180,9 @@ def teleport(
         missing = " and ".join(option for option, value in (("--host", host), ("--port", port)) if value is None)
         raise click.UsageError(f"A teleport needs {missing}.", click.get_current_context())
     options = _transport_options(tls_dir, tls_hostname)
+    secret = password_from("--password", password, password_file)
     if check_only:
-        return _check(name, host, port, transport, options, as_json)
+        return _check(name, host, port, transport, options, secret, as_json)
     from vmf.cli.progress import progress_view, show_summary
 
     view = progress_view("none" if as_json and progress == "auto" else progress)
@@ -178,6 +198,7 @@ def teleport(
                 timeout_s=timeout,
                 progress=view.update,
                 options=options,
+                password=secret,
             )
         finally:
             view.close()
@@ -200,10 +221,12 @@ def _transport_options(tls_dir: str | None, tls_hostname: str | None) -> dict[st
     return options
 
 
-def _check(name: str, host: str, port: int, transport: str, options: dict[str, str], as_json: bool) -> int:
+def _check(
+    name: str, host: str, port: int, transport: str, options: dict[str, str], password: str | None, as_json: bool
+) -> int:
     """Preflight; the exit status."""
     with ControlClient.of(home(), name) as machine:
-        answer = machine.check_teleport(host, port, transport=transport, options=options)
+        answer = machine.check_teleport(host, port, transport=transport, options=options, password=password)
     blockers = answer["blockers"]
     if as_json:
         say(json.dumps(answer))

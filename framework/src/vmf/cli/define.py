@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmf.cli.common import F, home, machine_argument, say
+from vmf.cli.common import NONE, F, home, installed, machine_argument, say
+from vmf.cli.teleporter import apply, prepare, take, teleporter_options
 
 if TYPE_CHECKING:
     from vmf.machine.config import CpuidConfig
-
-NONE = "none"
-"""Written for a file option, it takes the file out of the definition."""
 
 
 def complete_backends(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -81,6 +79,7 @@ def _hardware_options(function: F) -> F:
 @click.argument("name", metavar="NAME")
 @click.option("--memory", type=int, required=True, metavar="MIB", help="Guest memory in MiB.")
 @_hardware_options
+@teleporter_options
 def createvm(name: str, memory: int, **options: Any) -> None:
     """Define a new machine called NAME.
 
@@ -90,10 +89,12 @@ def createvm(name: str, memory: int, **options: Any) -> None:
       vmf createvm tiny --memory 16 --image ticker.bin --cpu-backend unicorn
       vmf createvm db --memory 512 --kernel vmlinuz --cpuid-portability-level auto --teleport-peer other:6000
     """
-    from vmf.machine.config import CpuidConfig, MachineConfig
+    from vmf.machine.config import CpuidConfig, MachineConfig, TeleporterConfig
 
-    cpuid = _cpuid(CpuidConfig(), options)
-    config = MachineConfig(name=name, memory_mib=memory, cpuid=cpuid, **_settings(options))
+    waiting = take(options)
+    settings, cpuid = _settings(options), _cpuid(CpuidConfig(), options)
+    teleporter = apply(prepare(waiting), TeleporterConfig())
+    config = MachineConfig(name=name, memory_mib=memory, cpuid=cpuid, teleporter=teleporter, **settings)
     home().create(config)
     say(f"Machine '{name}' is defined (UUID {config.uuid}).")
 
@@ -102,30 +103,8 @@ def createvm(name: str, memory: int, **options: Any) -> None:
 @machine_argument
 @click.option("--memory", type=int, metavar="MIB", help="Guest memory in MiB.")
 @_hardware_options
-@click.option("--teleporter", type=click.Choice(["on", "off"]), help="Wait for a teleport when started, or boot.")
-@click.option("--teleporter-port", type=int, metavar="P", help="TCP port to wait on; 0 takes a free one.")
-@click.option("--teleporter-address", metavar="A", help="Address of this host to wait on (default: 0.0.0.0, all).")
-@click.option("--teleporter-transport", metavar="tcp|tls", help="Transport plugin (default: tcp); tls encrypts.")
-@click.option(
-    "--teleporter-tls-dir", metavar="DIR", help="Directory with this host's certificates; none for the usual one."
-)
-@click.option(
-    "--teleporter-allow",
-    multiple=True,
-    metavar="NAME",
-    help="Source that may teleport here, by a name in its certificate; none clears the list (all that the CA knows).",
-)
-def modifyvm(
-    name: str,
-    memory: int | None,
-    teleporter: str | None,
-    teleporter_port: int | None,
-    teleporter_address: str | None,
-    teleporter_transport: str | None,
-    teleporter_tls_dir: str | None,
-    teleporter_allow: tuple[str, ...],
-    **options: Any,
-) -> None:
+@teleporter_options
+def modifyvm(name: str, memory: int | None, **options: Any) -> None:
     """Change the definition of machine NAME, which must not be running.
 
     Settings that are not given stay as they are; `none` takes a file (or the command line) out. --cpuid-set,
@@ -136,6 +115,7 @@ def modifyvm(
       vmf modifyvm target --teleporter on --teleporter-port 6000
       vmf modifyvm target --teleporter off --memory 1024
       vmf modifyvm target --teleporter-transport tls --teleporter-allow otherhost
+      vmf modifyvm target --teleporter-password-file stdin
       vmf modifyvm web --initrd none
       vmf modifyvm web --cpuid-portability-level 3 --cpuid-set aes
       vmf modifyvm web --teleport-peer none --cpuid-portability-level 0
@@ -147,24 +127,13 @@ def modifyvm(
     changes = _settings(options)
     if memory is not None:
         changes["memory_mib"] = memory
-    waiting: dict[str, Any] = {
-        "enabled": None if teleporter is None else teleporter == "on",
-        "port": teleporter_port,
-        "address": teleporter_address,
-        "transport": teleporter_transport,
-    }
-    waiting = {key: value for key, value in waiting.items() if value is not None}
-    if teleporter_tls_dir is not None:
-        waiting["tls_dir"] = None if teleporter_tls_dir == NONE else Path(teleporter_tls_dir).expanduser()
-    if not changes and not waiting and not teleporter_allow and not any(options[key] for key in _CPUID_OPTIONS):
+    waiting = take(options)
+    if not changes and not waiting and not any(options[key] for key in _CPUID_OPTIONS):
         raise click.UsageError("Nothing to change: give at least one option.", click.get_current_context())
-    if teleporter_transport is not None:
-        _installed("transport", teleporter_transport)
+    prepared = prepare(waiting)
 
     def change(config: MachineConfig) -> MachineConfig:
-        kept = () if NONE in teleporter_allow else config.teleporter.allow
-        allow = tuple(dict.fromkeys([*kept, *(each for each in teleporter_allow if each != NONE)]))
-        teleporter = attrs.evolve(config.teleporter, **waiting, allow=allow)
+        teleporter = apply(prepared, config.teleporter)
         return attrs.evolve(config, **changes, teleporter=teleporter, cpuid=_cpuid(config.cpuid, options))
 
     home().update(name, change)
@@ -199,11 +168,11 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         changes["description"] = options["description"]
     if (backend := options["cpu_backend"]) is not None:
         if backend != "auto":
-            _installed("cpu", backend)
+            installed("cpu", backend)
         changes["cpu_backend"] = backend
     if options["devices"]:
         for device in options["devices"]:
-            _installed("device", device)
+            installed("device", device)
         changes["devices"] = options["devices"]
     return changes
 
@@ -247,10 +216,3 @@ def _file(option: str, value: str) -> Path:
     if reason:
         raise ConfigError(f"{option} {value}: {reason} ({path}).", "Give the path of a file that you can read.")
     return path
-
-
-def _installed(kind: str, name: str) -> None:
-    """Raise PluginError unless a plugin of that name is installed; imports none."""
-    from vmf.plugins import discovery
-
-    discovery.find(kind, name)

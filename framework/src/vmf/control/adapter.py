@@ -89,6 +89,7 @@ class MachineAdapter:
         timeout_s: float | None,
         progress: ProgressCallback,
         options: Mapping[str, Any] | None = None,
+        password: str | None = None,
     ) -> Plain:
         summary = self.machine.teleport(
             host,
@@ -98,12 +99,20 @@ class MachineAdapter:
             timeout_s=timeout_s,
             progress=self._observer(progress),
             options=options,
+            password=password,
         )
         answer: Plain = plain(summary)
         return answer
 
-    def check_teleport(self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None) -> Plain:
-        blockers = self.machine.check_teleport(host, port, transport=transport, options=options)
+    def check_teleport(
+        self,
+        host: str,
+        port: int,
+        transport: str,
+        options: Mapping[str, Any] | None = None,
+        password: str | None = None,
+    ) -> Plain:
+        blockers = self.machine.check_teleport(host, port, transport=transport, options=options, password=password)
         target = str(Address(transport, host, port))
         return {"ok": not blockers, "target": target, "blockers": plain(blockers)}
 

@@ -87,6 +87,7 @@ class ControlClient:
         timeout_s: float | None = None,
         progress: ProgressCallback | None = None,
         options: Mapping[str, str] | None = None,
+        password: str | None = None,
     ) -> Plain:
         """Teleport the machine to where a target waits; blocks until it runs there and gives the summary.
 
@@ -95,12 +96,15 @@ class ControlClient:
             timeout_s: give up after so many seconds; None for never.
             progress: called with every progress event, on this thread.
             options: settings of the transport: for `tls` `tls_dir` and `tls_hostname`.
+            password: that was set at the target; None for none.
         """
         params: Plain = {"host": host, "port": port, "transport": transport, "max_downtime_ms": max_downtime_ms}
         if timeout_s is not None:
             params["timeout_s"] = timeout_s
         if options:
             params["options"] = dict(options)
+        if password is not None:
+            params["password"] = password
 
         def notified(method: str, content: Mapping[str, Any]) -> None:
             if method == "teleport.progress" and progress is not None:
@@ -109,12 +113,20 @@ class ControlClient:
         return self._mapping("teleport", params, notified=notified)
 
     def check_teleport(
-        self, host: str, port: int, *, transport: str = "tcp", options: Mapping[str, str] | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        transport: str = "tcp",
+        options: Mapping[str, str] | None = None,
+        password: str | None = None,
     ) -> Plain:
         """Whether the machine could teleport there: {"ok", "target", "blockers"}. Nothing is moved."""
         params: Plain = {"host": host, "port": port, "transport": transport}
         if options:
             params["options"] = dict(options)
+        if password is not None:
+            params["password"] = password
         return self._mapping("teleport.check", params, timeout=60)
 
     def cancel_teleport(self) -> bool:

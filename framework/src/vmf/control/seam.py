@@ -50,13 +50,21 @@ class ControlledMachine(Protocol):
         timeout_s: float | None,
         progress: ProgressCallback,
         options: Mapping[str, Any] | None = None,
+        password: str | None = None,
     ) -> Plain:
         """Teleport out; blocks until the machine runs there and gives the summary. Raises TeleportError.
 
-        `options` are the transport's own settings, by name.
+        `options` are the transport's own settings, by name; `password` is the target's, None for none.
         """
 
-    def check_teleport(self, host: str, port: int, transport: str, options: Mapping[str, Any] | None = None) -> Plain:
+    def check_teleport(
+        self,
+        host: str,
+        port: int,
+        transport: str,
+        options: Mapping[str, Any] | None = None,
+        password: str | None = None,
+    ) -> Plain:
         """{"ok", "target", "blockers"}: what speaks against a teleport to who waits there; nothing is moved."""
 
     def cancel_teleport(self) -> bool:

@@ -47,8 +47,15 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
         "max_downtime_ms": (int,),
         "timeout_s": (*_NUMBER, type(None)),
         "options": (dict,),
+        "password": (str,),
     },
-    "teleport.check": {"host": (str,), "port": (int,), "transport": (str,), "options": (dict,)},
+    "teleport.check": {
+        "host": (str,),
+        "port": (int,),
+        "transport": (str,),
+        "options": (dict,),
+        "password": (str,),
+    },
     "teleport.cancel": {},
     "teleport.status": {},
     "switch_backend": {"backend": (str,)},
@@ -205,8 +212,8 @@ class ControlServer:
 
 
 def _options(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The transport's own settings as a keyword argument, when there are any."""
-    return {"options": params["options"]} if params.get("options") else {}
+    """The transport's own settings and the password as keyword arguments, when there are any."""
+    return {key: params[key] for key in ("options", "password") if params.get(key)}
 
 
 class _Connection:

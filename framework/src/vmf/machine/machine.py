@@ -502,6 +502,7 @@ class Machine:
         timeout_s: float | None = None,
         progress: ProgressListener | None = None,
         options: Mapping[str, Any] | None = None,
+        password: str | None = None,
     ) -> TeleportSummary:
         """Move this machine to a host that waits for it; returns once it runs there.
 
@@ -515,12 +516,19 @@ class Machine:
             timeout_s: give up after so many seconds; None for never.
             progress: called with every progress event, on this thread.
             options: settings of the transport: for `tls` the strings `tls_dir` and `tls_hostname`.
+            password: that was set at the target. A target that does not show that it knows it is refused.
         """
         address = Address(transport, host, port, options or {})
-        return self._teleporter.teleport(address, max_downtime_ms, timeout_s, progress)
+        return self._teleporter.teleport(address, max_downtime_ms, timeout_s, progress, password)
 
     def check_teleport(
-        self, host: str, port: int, *, transport: str = "tcp", options: Mapping[str, Any] | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        transport: str = "tcp",
+        options: Mapping[str, Any] | None = None,
+        password: str | None = None,
     ) -> tuple[Blocker, ...]:
         """Run every check of a teleport against the machine that waits there, and move nothing.
 
@@ -528,7 +536,7 @@ class Machine:
         Raises InvalidStateError unless this machine runs or is paused, TransportError or TeleportError when the
         check itself did not happen (nobody waits there, say).
         """
-        return self._teleporter.check(Address(transport, host, port, options or {}))
+        return self._teleporter.check(Address(transport, host, port, options or {}), password)
 
     def cancel_teleport(self, *, wait: bool = False) -> bool:
         """Cancel a teleport under way, in or out; False when there was none (any more)."""

@@ -74,6 +74,7 @@ class Teleporter:
         max_downtime_ms: int,
         timeout_s: float | None,
         progress: ProgressListener | None,
+        password: str | None = None,
     ) -> TeleportSummary:
         from vmf.teleport.source import SourceOptions, teleport_source
 
@@ -92,7 +93,7 @@ class Teleporter:
                 address, CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
             )
             try:
-                options = SourceOptions(max_downtime_ms=max_downtime_ms, timeout_s=timeout_s)
+                options = SourceOptions(max_downtime_ms=max_downtime_ms, timeout_s=timeout_s, password=password)
                 listener = self._observed(progress, "source")
                 machine.summary = teleport_source(TeleportView(machine), channel, options, listener, cancel)
             finally:
@@ -109,7 +110,7 @@ class Teleporter:
             self._cancel = None
             self._done.set()
 
-    def check(self, address: Address) -> tuple[Blocker, ...]:
+    def check(self, address: Address, password: str | None = None) -> tuple[Blocker, ...]:
         from vmf.teleport.source import SourceOptions, teleport_source
 
         machine = self._machine
@@ -117,7 +118,8 @@ class Teleporter:
             raise machine.illegal("checked for a teleport", "running or paused")
         channel = machine.registry.transport(address.scheme).connect(address, CONNECT_TIMEOUT)
         try:
-            teleport_source(TeleportView(machine), channel, SourceOptions(check_only=True, timeout_s=CHECK_TIMEOUT))
+            options = SourceOptions(check_only=True, timeout_s=CHECK_TIMEOUT, password=password)
+            teleport_source(TeleportView(machine), channel, options)
         except TeleportBlocked as error:
             return error.blockers
         finally:
@@ -159,7 +161,8 @@ class Teleporter:
         return listener.address
 
     def wait(self, progress: ProgressListener | None) -> TeleportSummary:
-        from vmf.teleport.target import wait_for_teleport
+        from vmf.teleport.authentication import Verifier
+        from vmf.teleport.target import TargetOptions, wait_for_teleport
 
         machine = self._machine
         cancel, listener = self._cancel, self.listener
@@ -167,7 +170,9 @@ class Teleporter:
             raise machine.illegal("waiting for a teleport", "listening")
         try:
             view = TeleportView(machine)
-            machine.summary = wait_for_teleport(view, listener, self._observed(progress, "target"), cancel)
+            text = machine.config.teleporter.password_verifier
+            options = TargetOptions(verifier=None if text is None else Verifier.parse(text))
+            machine.summary = wait_for_teleport(view, listener, self._observed(progress, "target"), cancel, options)
             return machine.summary
         finally:
             self.listener = None

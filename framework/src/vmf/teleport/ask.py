@@ -15,6 +15,7 @@ from attrs import frozen
 from vmf.cpuid.negotiate import Capability
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import RemoteProtocolError, StateError, TeleportError, VmfError
+from vmf.teleport.authentication import prove
 from vmf.teleport.link import Link, explain, farewell, remote_end
 from vmf.teleport.protocol import Connection, Role
 from vmf.teleport.protocol import messages as m
@@ -43,20 +44,27 @@ class HostCapability:
     software: str
 
 
-def ask_capability(channel: Channel, name: str, label: str, timeout_s: float = ANSWER_TIMEOUT_S) -> HostCapability:
+def ask_capability(
+    channel: Channel,
+    name: str,
+    label: str,
+    timeout_s: float = ANSWER_TIMEOUT_S,
+    password: str | None = None,
+) -> HostCapability:
     """Ask at the other end of a fresh channel, which is broken afterwards; the caller closes it.
 
     Args:
         name: who asks, for the other side's log.
         label: how to call the other side ("otherhost:6000").
         timeout_s: longest silence.
+        password: of the machine that waits there; None for none.
 
     Raises TeleportError (or a subclass): no machine waits there, it is busy, or its vmf is too old to answer.
     """
     link = Link(channel, Connection(Role.SOURCE))
     try:
         channel.set_timeout(timeout_s)
-        answer = _ask(link, name, label)
+        answer = _ask(link, name, label, password)
     except BaseException as error:
         phase = link.phase
         link.finish(said=link.try_send(farewell(error)))
@@ -67,7 +75,7 @@ def ask_capability(channel: Channel, name: str, label: str, timeout_s: float = A
     return answer
 
 
-def _ask(link: Link, name: str, label: str) -> HostCapability:
+def _ask(link: Link, name: str, label: str, password: str | None) -> HostCapability:
     teleport_id = secrets.token_bytes(m.ID_SIZE)
     link.send(m.Hello(teleport_id, m.PROTOCOL_VERSIONS, m.FEATURES, software(), m.clean_text(name, 255)))
     welcome = _expect(link, m.Welcome)
@@ -78,13 +86,7 @@ def _ask(link: Link, name: str, label: str) -> HostCapability:
             f"the machine that waits there ({welcome.software}) cannot say what its CPU backend can present.",
             "Bring that host to the same release of vmf as this one.",
         )
-    if "none" not in welcome.methods:
-        raise TeleportError(
-            "the target asks for a password, which this side cannot give.",
-            "Configure both sides with the same authentication.",
-        )
-    link.send(m.Authenticate("none", b""))
-    _expect(link, m.Authenticated)
+    prove(welcome.methods, password, link.channel.channel_binding(), link.send, lambda kind: _expect(link, kind))
     link.send(m.Inquire())
     answer = _expect(link, m.Capabilities)
     link.send(m.Bye())

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from vmf.errors import TeleportCancelled, TeleportError, TransportClosed, TransportError, VmfError
+from vmf.errors import AuthenticationError, TeleportCancelled, TeleportError, TransportClosed, TransportError, VmfError
 from vmf.machine import pages
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.connection import CLOSED, NEED_DATA, Connection
@@ -149,8 +149,10 @@ def remote_end(message: m.Message, who: str) -> TeleportError:
     if isinstance(message, m.Cancel):
         return TeleportCancelled(f"the teleport was cancelled at the {who} ({message.reason.rstrip('.')}).")
     assert isinstance(message, m.Error)
+    if message.code == AuthenticationError.code:
+        return AuthenticationError(f"the {who} refused: {message.message}", message.remedy)
     error = TeleportError(f"the {who} could not go on: {message.message}", message.remedy)
-    if message.code in ("busy", "version", "authentication"):
+    if message.code in ("busy", "version"):
         error.code = message.code
     return error
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from attrs import frozen
+from attrs import field, frozen
 
 import vmf
 from vmf.errors import (
@@ -35,6 +35,7 @@ from vmf.errors import (
 from vmf.machine import pages
 from vmf.machine.dirty import DirtyTracker, PageRuns
 from vmf.machine.memory import PAGE_SIZE
+from vmf.teleport.authentication import prove
 from vmf.teleport.check import Blocker
 from vmf.teleport.clocks import ClockOffset
 from vmf.teleport.converge import Convergence, Decision, RoundStats
@@ -63,6 +64,7 @@ class SourceOptions:
         check_only: ask the target whether it would take the machine, and move nothing.
         idle_timeout_s: longest silence of the target (which sends keep-alives) or stall of the connection.
         handover_timeout_s: longest wait for RUNNING after HANDOVER; after that the outcome is uncertain.
+        password: that was set at the target, which then has to show that it knows it; None for none.
     """
 
     max_downtime_ms: int = 250
@@ -70,6 +72,7 @@ class SourceOptions:
     check_only: bool = False
     idle_timeout_s: float = 30.0
     handover_timeout_s: float = 10.0
+    password: str | None = field(default=None, repr=False)
 
 
 def teleport_source(
@@ -193,13 +196,13 @@ class _Source:
         if welcome.version not in m.PROTOCOL_VERSIONS or not set(welcome.features) <= set(m.FEATURES):
             raise RemoteProtocolError("the target chose a protocol version or feature that was not offered.")
         self._report.phase(Phase.AUTHENTICATE)
-        if "none" not in welcome.methods:
-            raise TeleportError(
-                "the target asks for a password, which this side cannot give.",
-                "Configure both sides with the same authentication.",
-            )
-        self._link.send(m.Authenticate("none", b""))
-        self._expect(m.Authenticated)
+        prove(
+            welcome.methods,
+            self._options.password,
+            self._channel.channel_binding(),
+            self._link.send,
+            lambda kind: self._expect(kind)[0],
+        )
 
     def _agree(self) -> bool:
         """OFFER and CHECK; False when only the check was wanted. Raises TeleportBlocked."""

@@ -62,6 +62,10 @@ class Channel(ABC):
         for offset, length in ranges.tolist():
             self.recv_into(base[offset : offset + length])
 
+    def channel_binding(self) -> tuple[str, bytes] | None:
+        """Name and data of a channel binding (RFC 5056), equal at both ends and nowhere else; None without one."""
+        return None
+
     def unsent_bytes(self) -> int:
         """Bytes accepted by `send` that the peer's host has not acknowledged yet; 0 where unknown."""
         return 0

@@ -60,11 +60,13 @@ class TlsChannel(SocketChannel):
         stream: Stream,
         peer: tuple[str, ...],
         notices: tuple[str, ...] = (),
+        end_point: bytes = b"",
     ) -> None:
-        """Takes the socket over."""
+        """Takes the socket over; `end_point` is the data of the channel binding."""
         super().__init__(connection, local, remote)
         self.peer = peer
         self.notices = notices
+        self._end_point = end_point
         self._tls = stream.tls
         self._incoming = stream.incoming
         self._outgoing = stream.outgoing
@@ -85,6 +87,10 @@ class TlsChannel(SocketChannel):
             f"the encrypted connection to {self.remote} broke ({doing}): {reason}.",
             "Something on the way alters the data, or the other side failed. Teleport again.",
         ) from error
+
+    def channel_binding(self) -> tuple[str, bytes] | None:
+        """The hash of the target's certificate (RFC 5929): Python's ssl has no better one for TLS 1.3."""
+        return ("tls-server-end-point", self._end_point) if self._end_point else None
 
     # Sending
 

@@ -120,7 +120,8 @@ class TlsListener(Listener):
                 if connection not in self._pending:
                     return  # dropped at the last moment
                 del self._pending[connection]
-            channel = TlsChannel(connection, local, remote, stream, names, self._credentials.notices)
+            own = self._credentials
+            channel = TlsChannel(connection, local, remote, stream, names, own.notices, own.end_point)
             log.info("%s is %s", remote, handshake.quoted(names))
             kept = self._offer(channel)
         except TransportError as error:
@@ -203,7 +204,9 @@ class TlsTransport(Transport):
             remote = sockets.address_of(SCHEME, connection.getpeername())
             left = max(0.1, min(2 * HANDSHAKE_SECONDS, deadline - time.monotonic()))
             stream, names = handshake.call(connection, address, credentials, hostname, left)
-            return TlsChannel(connection, local, remote, stream, names, credentials.notices)
+            shown = stream.tls.getpeercert(binary_form=True)
+            end_point = files.end_point_of(files.parse_certificate(shown)) if shown else b""
+            return TlsChannel(connection, local, remote, stream, names, credentials.notices, end_point)
         except OSError as error:
             connection.close()
             raise TransportClosed(f"{address} broke the connection: {error.strerror}.", "Try again.") from error
