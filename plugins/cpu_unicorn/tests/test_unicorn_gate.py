@@ -355,11 +355,12 @@ def test_tsc(bench: Bench) -> None:
     assert 5_000_000_000 <= value <= bench.vcpu.read_tsc() < 15_000_000_000
 
 
-def test_invalidate_code(bench: Bench) -> None:
+@pytest.mark.parametrize("how", ["invalidate_code", "memory_written"])
+def test_code_written_from_outside(bench: Bench, how: str) -> None:
     bench.execute(code("48c7c001000000f4"))  # mov rax,1; hlt
     assert bench.vcpu.save().registers["rax"] == 1
     bench.memory.write(CODE + 3, b"\x02")
-    bench.vcpu.invalidate_code(CODE + 3, 1)
+    getattr(bench.vcpu, how)(CODE + 3, 1)
     bench.vcpu.restore(bench.state())
     bench.go()
     assert bench.vcpu.save().registers["rax"] == 2

@@ -132,6 +132,13 @@ class Vcpu(ABC):
     def invalidate_code(self, gpa: int, size: int) -> None:
         """RAM [gpa, gpa+size) was written from outside the engine: drop anything translated from it."""
 
+    def memory_written(self, gpa: int, size: int) -> None:
+        """A device has written RAM [gpa, gpa+size) (DMA): whatever was translated from it is dropped, cheaply.
+
+        Like `invalidate_code`, but on the hot path: called for every transfer, and hardly ever is there code.
+        """
+        self.invalidate_code(gpa, size)
+
     @abstractmethod
     def close(self) -> None:
         """Free everything; idempotent."""

@@ -48,6 +48,9 @@ class DeviceEnvironment:
     Attributes:
         bus: to claim ports and MMIO.
         memory: guest RAM, for DMA.
+        memory_written: `memory_written(gpa, size)` after every transfer into RAM that did not come from the guest's
+            own instructions, on the vCPU thread and before the guest is told of it: engines that translate code drop
+            what they made from there. (Dirty tracking sees such writes by itself.)
         clock: guest time in nanoseconds.
         timers: call me at guest time T.
         irq_line: `irq_line(n)` gives ISA interrupt line n; provided by the interrupt-controller device, which is
@@ -70,6 +73,7 @@ class DeviceEnvironment:
     request_power_off: Callable[[], None]
     request_reset: Callable[[], None]
     serial_output: Callable[[bytes], None]
+    memory_written: Callable[[int, int], None] = lambda _gpa, _size: None
     options: Mapping[str, Any] = field(factory=dict)
     drives: Sequence[Drive] = ()
 
@@ -85,7 +89,12 @@ class Device(ABC):
         """Power-on state."""
 
     def quiesce(self) -> None:  # noqa: B027 - most devices have nothing in flight
-        """The machine pauses: finish or park what is in flight, so that `save` sees all of it."""
+        """The vCPU has stopped: finish or park what is in flight.
+
+        Afterwards, until the vCPU runs again, the device writes no RAM: it is called before a teleport's last look
+        at RAM, before a pause is reported, before RAM is cleared, and again before `save`. Raises StateError when
+        something does not finish in reasonable time; then the machine goes on.
+        """
 
     @abstractmethod
     def save(self) -> Payload:

@@ -68,6 +68,18 @@ class Bus:
         self._mmio.sort(key=lambda claimed: claimed.base)
         self._mmio_bases = [claimed.base for claimed in self._mmio]
 
+    def release_ports(self, base: int) -> None:
+        """Give up the ports claimed from `base` on (a PCI device whose registers are moved); nothing if none are."""
+        for claimed in [each for each in self._ports if each.base == base]:
+            self._ports.remove(claimed)
+            for port in range(base, base + claimed.size):
+                del self._port_read[port], self._port_write[port]
+
+    def release_mmio(self, base: int) -> None:
+        """Give up the addresses claimed from `base` on; nothing if none are."""
+        self._mmio = [each for each in self._mmio if each.base != base]
+        self._mmio_bases = [claimed.base for claimed in self._mmio]
+
     def port_read(self, port: int, size: int) -> int:
         entry = self._port_read.get(port)
         if entry is None:

@@ -84,6 +84,7 @@ class Hardware:
             request_power_off=request_power_off,
             request_reset=request_reset,
             serial_output=console.output,
+            memory_written=self._memory_written,
             options=options or {},
         )
         self.devices: tuple[Device, ...] = ()
@@ -104,6 +105,10 @@ class Hardware:
         if self._controller is not None:
             raise ConfigError("two devices both want to be the interrupt controller.")
         self._controller, self._lines = controller, lines
+
+    def _memory_written(self, gpa: int, size: int) -> None:
+        if self._vcpu is not None:
+            self._vcpu.memory_written(gpa, size)
 
     def _irq_line(self, number: int) -> IrqLine:
         if self._lines is None:
@@ -223,6 +228,8 @@ class Hardware:
         """
 
         def reset() -> None:
+            for device in self.devices:
+                device.quiesce()  # nothing may arrive in RAM once it is cleared
             if keep_mapping:
                 for first, end in self.memory.touched_ranges().tolist():
                     np.frombuffer(self.memory.buffer, dtype=np.uint64)[
@@ -255,7 +262,9 @@ class Hardware:
         self.thread.call(run)
 
     def halt(self, *, freeze_time: bool) -> None:
-        """Stop the vCPU between two instructions.
+        """Stop the vCPU between two instructions, and what the devices do to RAM on their own.
+
+        Raises StateError when a device does not come to rest (its storage does not answer); then the guest goes on.
 
         Args:
             freeze_time: guest time stands still until `run` (a user's pause); otherwise it goes on (a teleport,
@@ -263,8 +272,16 @@ class Hardware:
         """
 
         def halt() -> None:
+            held, running = self.held, self.thread.running
             self.held = True
             self.thread.set_running(False)
+            try:
+                for device in self.devices:
+                    device.quiesce()
+            except BaseException:
+                self.held = held
+                self.thread.set_running(running)
+                raise
             if freeze_time and self.clock.running:
                 self.clock.stop()
                 self._frozen_tsc = self.vcpu.read_tsc()
@@ -369,6 +386,8 @@ class Hardware:
         """Forget whatever was restored, RAM too."""
 
         def discard() -> None:
+            for device in self.devices:
+                device.quiesce()
             self.memory.clear()
             for device in self.devices:
                 device.reset()

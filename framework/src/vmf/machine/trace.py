@@ -157,6 +157,9 @@ class _GuardedVcpu(Vcpu):
     def invalidate_code(self, gpa: int, size: int) -> None:
         self.real.invalidate_code(gpa, size)
 
+    def memory_written(self, gpa: int, size: int) -> None:
+        self.real.memory_written(gpa, size)
+
     def close(self) -> None:
         self.real.close()
 

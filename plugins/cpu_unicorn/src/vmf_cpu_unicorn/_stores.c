@@ -368,6 +368,27 @@ static PyObject *stores_detach(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
+/* Device writes: drop what was translated from [offset, offset+size) of RAM. Nearly always one look at a few bytes. */
+static PyObject *stores_written(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "written() takes 3 arguments");
+    unsigned long long env = PyLong_AsUnsignedLongLong(arguments[0]);
+    unsigned long long offset = PyLong_AsUnsignedLongLong(arguments[1]);
+    unsigned long long size = PyLong_AsUnsignedLongLong(arguments[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    Vcpu *v = find((uint8_t *)(uintptr_t)env);
+    if (v && env && size && offset < v->pages << PAGE_BITS) {
+        uint64_t last = size > (v->pages << PAGE_BITS) - offset ? v->pages - 1 : (offset + size - 1) >> PAGE_BITS;
+        for (uint64_t n = offset >> PAGE_BITS; n <= last; n++)
+            if (v->code[n])
+                drop_page(v, n);
+    }
+    Py_RETURN_NONE;
+}
+
 static PyObject *stores_code_pages(PyObject *self, PyObject *argument)
 {
     (void)self;
@@ -385,6 +406,8 @@ static PyMethodDef methods[] = {
     {"install", stores_install, METH_VARARGS, "Take the engine's places over; False when they are not as expected."},
     {"attach", stores_attach, METH_VARARGS, "attach(uc, env, modes, ram, size): serve this engine; False if full."},
     {"detach", stores_detach, METH_O, "detach(env): no longer."},
+    {"written", (PyCFunction)(void (*)(void))stores_written, METH_FASTCALL,
+     "written(env, offset, size): RAM was written by a device; drop what was translated from there."},
     {"code_pages", stores_code_pages, METH_O, "code_pages(env): pages with translated code."},
     {NULL, NULL, 0, NULL},
 };

@@ -7,6 +7,7 @@ works through the engine's own slow path.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from vmf.machine.memory import GuestMemory
 from vmf_cpu_unicorn import layout as at
@@ -41,6 +42,13 @@ def attach(engine: Engine, cpu: int, memory: GuestMemory) -> bool:
 
     modes = at.read_pointer(cpu + at.CPU_ICOUNT_DECR_PTR) - at.MMU_MODES_SIZE
     return _stores.attach(engine.handle, cpu + at.CPU_ENV, modes, memory.address, memory.size)
+
+
+def written_function() -> Callable[[int, int, int], None]:
+    """`written(env, offset, size)` for engines that `attach` accepted: a device wrote RAM."""
+    from vmf_cpu_unicorn import _stores
+
+    return _stores.written
 
 
 def detach(cpu: int) -> None:

@@ -20,6 +20,7 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import StateError
+from vmf.machine.memory import LOW_RAM_LIMIT
 from vmf_cpu_unicorn import convert, fast_stores, gates
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import (
@@ -108,6 +109,7 @@ class UnicornVcpu(Vcpu):
             engine.close()
             raise
         self.fast_stores = fast_stores.attach(engine, self._cpu, memory)
+        self._written = fast_stores.written_function() if self.fast_stores else None
         try:
             self._install_hooks()
             self.restore(reset_state(environment.tsc_khz, environment.cpuid.lookup(1, 0).eax))
@@ -242,6 +244,13 @@ class UnicornVcpu(Vcpu):
             self._engine.invalidate_code(gpa, gpa + size)
         else:
             self._engine.flush_code()
+
+    def memory_written(self, gpa: int, size: int) -> None:
+        if self._written is not None:
+            low = gpa + size <= LOW_RAM_LIMIT  # there offset and address are the same
+            self._written(self._env, gpa if low else self._environment.memory.offset_of(gpa, size), size)
+        else:
+            self.invalidate_code(gpa, size)
 
     def close(self) -> None:
         with self._lock:

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import IrqLine
 from vmf.errors import StateError
 from vmf.machine.memory import HIGH_RAM_BASE, MIB, GuestMemory
-from vmf_device_pc import fields
 from vmf_device_pc.ports import Port, read_ones
 
 INDEX_PORT, DATA_PORT = 0x70, 0x71

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
-from vmf_device_pc import fields
 from vmf_device_pc.ports import Port, read_ones
 
 KEYBOARD_DATA, KEYBOARD_COMMAND = 0x60, 0x64

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.errors import ConfigError, StateError
-from vmf_device_pc import fields
 from vmf_device_pc.ports import Port
 
 MASTER_COMMAND, MASTER_DATA = 0x20, 0x21

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import IrqLine
 from vmf.errors import StateError
 from vmf.machine.clock import MachineClock
-from vmf_device_pc import fields
 from vmf_device_pc.ports import Port, read_ones
 
 FREQUENCY_HZ = 1_193_182

@@ -17,10 +17,10 @@ Theory of operation
 
 from __future__ import annotations
 
+from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import IrqLine
 from vmf.errors import StateError
-from vmf_device_pc import fields
 from vmf_device_pc.ports import Port
 
 COM1_PORT = 0x3F8

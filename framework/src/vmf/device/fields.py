@@ -1,7 +1,7 @@
 """Strict reading of saved state: every field there, none left over, every value in its range.
 
 A schema maps field names to checks. A check returns the value or raises `ValueError` with what it expected; `read`
-turns that into a StateError naming the device and the field. Nothing is changed by reading.
+turns that into a StateError naming the device and the field. Nothing is changed by reading. For device plugins.
 """
 
 from __future__ import annotations
