@@ -50,9 +50,15 @@ def test_the_specifications_procedure(hosts: tuple[Host, Host], builtin: Machine
         ok(host, "createvm", name, *IMAGE_OPTIONS, "--image", str(builtin.image))
     # "On the target host, configure the virtual machine to wait for a teleport request to arrive when it is started"
     ok(target, "modifyvm", "targetvmname", "--teleporter", "on", "--teleporter-port", port)
+    # The one word that the specification does not have: it would wait for anybody who reaches this host.
+    for detach in ((), ("--detach",)):
+        said = refused(target, "startvm", "targetvmname", *detach)
+        assert "with neither TLS nor a password" in said
+        for remedy in ("--teleporter-password-file", "--teleporter-transport tls", "localhost", "--insecure"):
+            assert remedy in said
     # "Start the VM on the target host. Instead of running, the VM shows ... that it is waiting"
     waiting = subprocess.Popen(
-        [sys.executable, "-m", "vmf.cli", "startvm", "targetvmname"],
+        [sys.executable, "-m", "vmf.cli", "startvm", "targetvmname", "--insecure"],
         env=target.environment,
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,

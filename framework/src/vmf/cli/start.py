@@ -20,12 +20,18 @@ from vmf.machine.home import Home
 @machine_argument
 @click.option("--detach", is_flag=True, help="Leave it running in the background; return when it runs or waits.")
 @click.option("--console", "with_console", is_flag=True, help="Attach to its serial console as soon as it runs.")
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Wait for a teleport although other hosts reach it with neither TLS nor a password.",
+)
 @json_option
-def startvm(name: str, detach: bool, with_console: bool, as_json: bool) -> None:
+def startvm(name: str, detach: bool, with_console: bool, insecure: bool, as_json: bool) -> None:
     """Start machine NAME.
 
     It runs in this process until it powers off or is teleported away; Ctrl-C powers it off. With the teleporter on,
-    it does not boot but waits for a teleport to arrive. Its serial output goes to `vmf console NAME` and to a log.
+    it does not boot but waits for a teleport to arrive; where other hosts could reach it that takes the tls transport,
+    a password, or --insecure. Its serial output goes to `vmf console NAME` and to a log.
 
     \b
     Examples:
@@ -35,7 +41,7 @@ def startvm(name: str, detach: bool, with_console: bool, as_json: bool) -> None:
     if detach and with_console:
         raise click.UsageError("--detach and --console exclude each other.", click.get_current_context())
     if detach:
-        ready = spawn_detached(home(), name)
+        ready = spawn_detached(home(), name, insecure=insecure)
         if as_json:
             say(json.dumps({"name": name, **ready}))
         elif ready["address"]:
@@ -47,7 +53,7 @@ def startvm(name: str, detach: bool, with_console: bool, as_json: bool) -> None:
         return
     observer = _Foreground(home(), name, with_console, as_json)
     try:
-        state = run_machine_process(home(), name, observer)
+        state = run_machine_process(home(), name, observer, insecure=insecure)
     finally:
         observer.finish()
     if as_json:

@@ -14,7 +14,7 @@ from vmf.errors import ConfigError
 if TYPE_CHECKING:
     from vmf.machine.config import TeleporterConfig
 
-_KEYS = ("enabled", "port", "address", "transport", "tls_dir", "allow", "password", "password_file")
+_KEYS = ("enabled", "port", "address", "transport", "tls_dir", "allow", "password", "password_file", "insecure")
 SHORT_PASSWORD = 12
 """Fewer characters can be guessed by who recorded a connection that was not encrypted."""
 
@@ -58,6 +58,11 @@ def teleporter_options(function: F) -> F:
             metavar="FILE|stdin",
             help="The same, from the only line of a file (mode 0600) or from standard input; none for no password.",
         ),
+        click.option(
+            "--teleporter-insecure",
+            type=click.Choice(["on", "off"]),
+            help="Wait where other hosts reach it with neither TLS nor a password, as startvm --insecure does once.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -84,8 +89,8 @@ def apply(given: dict[str, Any], old: TeleporterConfig) -> TeleporterConfig:
 def prepare(given: dict[str, Any]) -> dict[str, Any]:
     """What `take` took, with texts made what the definition holds; reads the password, and makes its verifier."""
     changes = {key: value for key, value in given.items() if not key.startswith("password")}
-    if "enabled" in changes:
-        changes["enabled"] = changes["enabled"] == "on"
+    for key in {"enabled", "insecure"} & changes.keys():
+        changes[key] = changes[key] == "on"
     if "tls_dir" in changes:
         changes["tls_dir"] = None if changes["tls_dir"] == NONE else Path(changes["tls_dir"]).expanduser()
     if "transport" in changes:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import define
+from attrs import define, evolve
 
 from vmf.control import rpc
 from vmf.control.console import ConsoleServer
@@ -74,15 +74,18 @@ def run_machine_process(
     observer: Observer | None = None,
     *,
     make_machine: MachineFactory | None = None,
+    insecure: bool = False,
 ) -> str:
     """Run a machine in this process until it has finished; its last state ("poweredoff" or "teleported").
 
-    Call it on the main thread: it handles signals. Raises whatever kept the machine from starting, and
-    InvalidStateError when another process runs it.
+    Call it on the main thread: it handles signals. With `insecure` it waits for a teleport wherever the definition
+    says. Raises whatever kept the machine from starting, and InvalidStateError when another process runs it.
     """
     watcher = observer if observer is not None else Observer()
     with home.own(name) as paths:
         config = home.load(name)
+        if insecure:
+            config = evolve(config, teleporter=evolve(config.teleporter, insecure=True))
         outcome = _Outcome()
         try:
             machine = (make_machine or _real_machine)(config, lambda problem: watcher.notice(f"warning: {problem}"))
@@ -196,11 +199,14 @@ def _signal_pipe() -> Iterator[tuple[int, int]]:
 # -- detached ------------------------------------------------------------------------------------------------
 
 
-def spawn_detached(home: Home, name: str, *, environment: Mapping[str, str] | None = None) -> Plain:
+def spawn_detached(
+    home: Home, name: str, *, environment: Mapping[str, str] | None = None, insecure: bool = False
+) -> Plain:
     """Start a machine in a process of its own, in a new session, and wait until it runs or waits for its teleport.
 
-    Returns {"pid", "state", "address"}; address is where it waits for a teleport, "" otherwise. Raises what kept the
-    machine from starting. KeyboardInterrupt while waiting ends the new process.
+    Returns {"pid", "state", "address"}; address is where it waits for a teleport, "" otherwise. `insecure` as for
+    `run_machine_process`. Raises what kept the machine from starting. KeyboardInterrupt while waiting ends the new
+    process.
     """
     home.load(name)
     if home.process(name) is not None:
@@ -215,7 +221,7 @@ def spawn_detached(home: Home, name: str, *, environment: Mapping[str, str] | No
             child = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "vmf.control"),
-                    *(name, str(home.data), str(home.runtime), str(writer)),
+                    *(name, str(home.data), str(home.runtime), str(writer), *(("--insecure",) if insecure else ())),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -297,7 +303,7 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     reporter = _Reporter(int(descriptor))
     try:
-        run_machine_process(Home(Path(data), Path(runtime)), name, reporter)
+        run_machine_process(Home(Path(data), Path(runtime)), name, reporter, insecure="--insecure" in sys.argv[5:])
     except BaseException as error:
         log.log(logging.ERROR, "%s", error, exc_info=not isinstance(error, VmfError))
         reporter.tell({"error": rpc.error_object(error)})

@@ -365,6 +365,8 @@ class TeleporterConfig:
             transport lets in.
         password_verifier: what a source's password is checked against, see `vmf.teleport.authentication.Verifier`;
             None for no password.
+        insecure: listen although every host that reaches the address could send a machine here, see
+            `vmf.machine.teleporter.check_exposure`.
     """
 
     enabled: bool = _setting(_switch, default=False)
@@ -374,6 +376,7 @@ class TeleporterConfig:
     tls_dir: Path | None = _setting(_path, default=None, converter=_absolute)
     allow: tuple[str, ...] = _setting(_allowed_names, default=(), converter=_frozen_list)
     password_verifier: str | None = _setting(_verifier, secret=True, default=None)
+    insecure: bool = _setting(_switch, default=False)
 
     def transport_options(self) -> dict[str, Any]:
         """The settings that are the transport's own, as `Address.options` has them."""
@@ -491,7 +494,7 @@ class MachineConfig:
         plain["teleporter"] = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in teleporter.items()
-            if value is not None and value != []
+            if value is not None and value != [] and (key, value) != ("insecure", False)
         }
         if not secrets and "password_verifier" in plain["teleporter"]:
             plain["teleporter"]["password_verifier"] = "(hidden)"

@@ -391,9 +391,12 @@ class Machine:
         try:
             if self._state is not _S.POWERED_OFF:
                 self.power_off()
+        waited = self._state is _S.TELEPORTING_IN
         except InvalidStateError:
             self.scrap()
 
+            if waited and self._state is _S.POWERED_OFF:
+                return  # that was all: it waited for a teleport
     # -- another CPU backend, and watching the guest
 
     def switch_backend(self, name: str) -> SwitchSummary:
@@ -542,8 +545,18 @@ class Machine:
         """Cancel a teleport under way, in or out; False when there was none (any more)."""
         return self._teleporter.cancel(wait=wait)
 
-    def listen(self, address: str | None = None, port: int | None = None, *, transport: str | None = None) -> Address:
-        """Power on as a teleport target and start to listen, by default as configured; returns the real address."""
+    def listen(
+        self,
+        address: str | None = None,
+        port: int | None = None,
+        *,
+        transport: str | None = None,
+        insecure: bool | None = None,
+    ) -> Address:
+        """Power on as a teleport target and start to listen, by default as configured; returns the real address.
+
+        Raises ConfigError when other hosts could reach it with neither TLS nor a password, unless `insecure`.
+        """
         teleporter = self.config.teleporter
         where = Address(
             transport if transport is not None else teleporter.transport,
@@ -551,7 +564,7 @@ class Machine:
             port if port is not None else teleporter.port,
             teleporter.transport_options(),
         )
-        return self._teleporter.listen(where)
+        return self._teleporter.listen(where, insecure=teleporter.insecure if insecure is None else insecure)
 
     def wait_for_teleport(self, progress: ProgressListener | None = None) -> TeleportSummary:
         """After `listen`: wait until a machine has arrived and runs here. Failed attempts leave it waiting.

@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmf.errors import TeleportBlocked, TeleportUncertain
+from vmf.errors import ConfigError, TeleportBlocked, TeleportUncertain
 from vmf.machine.states import MachineState
 from vmf.machine.teleport_view import TeleportView
-from vmf.transport.base import Address, Listener
+from vmf.transport.base import Address, Listener, Transport
 
 if TYPE_CHECKING:
     from vmf.machine.machine import Machine
@@ -27,6 +27,20 @@ CHECK_TIMEOUT = 30.0
 
 _S = MachineState
 ProgressListener = Callable[["ProgressEvent"], None]
+
+
+def check_exposure(name: str, transport: Transport, where: Address) -> None:
+    """Raise ConfigError when a machine without a password would let any other host in, as nobody asked it to."""
+    if transport.authenticates or transport.is_local(where):
+        return
+    at = f"{where.host}, every address of this host," if where.host in ("", "*", "0.0.0.0", "::") else where.host
+    raise ConfigError(
+        f"machine {name} would wait on {at} with neither TLS nor a password: whoever reaches it could start a machine "
+        f"of his own here in its place, and read and alter one that comes.",
+        f"Set a password (`vmf modifyvm {name} --teleporter-password-file stdin`), use TLS (`vmf modifyvm {name} "
+        f"--teleporter-transport tls`), wait on this host only (`--teleporter-address localhost`), or, where everybody "
+        f"on the network is trusted, say so: `vmf startvm {name} --insecure`.",
+    )
 
 
 class Teleporter:
@@ -144,8 +158,10 @@ class Teleporter:
 
     # -- in
 
-    def listen(self, where: Address) -> Address:
+    def listen(self, where: Address, *, insecure: bool) -> Address:
         machine = self._machine
+        if not insecure and machine.config.teleporter.password_verifier is None:
+            check_exposure(machine.name, machine.registry.transport(where.scheme), where)
         with machine.operation:
             machine.set_state(_S.TELEPORTING_IN)
             try:
@@ -178,7 +194,9 @@ class Teleporter:
             self.listener = None
             listener.close()
             self._cancel = None
+            # Before `_done`: whoever waits for that finds a machine that is powered off, and takes nothing apart twice.
+            with machine.operation:
+                if machine.state is _S.TELEPORTING_IN:
+                    machine.scrap()
+                    machine.set_state(_S.POWERED_OFF)
             self._done.set()
-            if machine.state is _S.TELEPORTING_IN:
-                machine.scrap()
-                machine.set_state(_S.POWERED_OFF)

@@ -106,6 +106,14 @@ class Transport(ABC):
 
     scheme: str
     """As in `scheme:host:port`, equal to the entry point's name."""
+    authenticates: bool = False
+    """A listener gives only channels whose other side proved who it is, and that nobody on the way reads or alters."""
+
+    def is_local(self, address: Address) -> bool:
+        """Whether only processes of this host can connect to a listener there. Raises TransportError (unknown host)."""
+        from vmf.transport.sockets import is_loopback
+
+        return is_loopback(address)
 
     @abstractmethod
     def listen(self, address: Address) -> Listener:

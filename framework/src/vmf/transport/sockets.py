@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import ipaddress
 import os
 import select
 import socket
@@ -85,6 +86,14 @@ def resolve(address: Address, timeout: float) -> list[Resolved]:
             "Check the spelling, or give the host's IP address.",
         )
     return list(dict.fromkeys(answer))
+
+
+def is_loopback(address: Address) -> bool:
+    """Whether a listener there is reached from this host only. Raises TransportError for an unknown host."""
+    if address.host in _ANY:
+        return False
+    found = resolve(address, _RESOLVE_SECONDS)
+    return all(ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback for _, where in found)
 
 
 def address_of(scheme: str, where: tuple[Any, ...]) -> Address:

@@ -179,6 +179,7 @@ class TlsTransport(Transport):
     """TLS 1.3 with certificates on both sides."""
 
     scheme = SCHEME
+    authenticates = True
 
     def listen(self, address: Address) -> Listener:
         _check_options(address, "listen")
