@@ -28,6 +28,7 @@ from vmf.machine.console import SerialConsole
 from vmf.machine.memory import MIB, PAGE_SIZE, GuestMemory
 from vmf.machine.timers import TimerQueue
 from vmf.machine.vcpu_thread import VcpuThread
+from vmf.storage.drive import Drive
 
 VCPU_KIND = "vmf.vcpu"
 CLOCK_KIND = "vmf.clock"
@@ -55,6 +56,7 @@ class Hardware:
         request_power_off: Callable[[], None],
         request_reset: Callable[[], None],
         options: Mapping[str, Any] | None = None,
+        drives: Sequence[Drive] = (),
     ) -> None:
         self.name = name
         self.backend = backend
@@ -86,6 +88,7 @@ class Hardware:
             serial_output=console.output,
             memory_written=self._memory_written,
             options=options or {},
+            drives=tuple(drives),
         )
         self.devices: tuple[Device, ...] = ()
         try:

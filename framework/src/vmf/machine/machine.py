@@ -24,6 +24,7 @@ from vmf.cpu.backend import CpuBackend, ExitReason, VmExit
 from vmf.errors import (
     ImageError,
     InvalidStateError,
+    LeaseLost,
     MachineError,
     TeleportError,
     VmfError,
@@ -42,6 +43,7 @@ from vmf.machine.contract import (
 from vmf.machine.hardware import Hardware
 from vmf.machine.memory import GuestMemory
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
+from vmf.machine.storage import MachineStorage
 from vmf.machine.teleporter import ProgressListener, Teleporter
 from vmf.plugins.bridge import PluginRegistry
 from vmf.transport.base import Address
@@ -80,6 +82,7 @@ class Machine:
         """How the CPUID contract in force (`hardware.cpuid`) came about; None before there is one."""
         self._state = _S.POWERED_OFF
         self._hardware: Hardware | None = None
+        self._storage: MachineStorage | None = None
         self.operation = threading.RLock()
         """Held by one operation at a time. Never taken on the vCPU thread, for which operations wait."""
         self._changed = threading.Condition(threading.Lock())
@@ -137,6 +140,7 @@ class Machine:
                 "tsc_khz": hardware.tsc_khz,
                 "devices": [kind for kind, _ in hardware.device_keys()],
                 "tracing": self._trace is not None,
+                "drives": self.storage.info(),
             }
             if self.contract_origin is not None:
                 answer["cpuid"] = describe_contract(hardware.cpuid, self.contract_origin)
@@ -210,6 +214,7 @@ class Machine:
             self.set_state(_S.STARTING)
             self._powering_off = False
             try:
+                self.storage.open()
                 decision = settle(self.config, self.registry, self._plug)
                 self.contract_origin, self.backend_choice = decision.origin, decision.choice
                 hardware = self.hardware
@@ -251,8 +256,24 @@ class Machine:
             on_crash=self._on_crash,
             request_power_off=self._guest_power_off,
             request_reset=self._guest_reset,
+            drives=self.storage.drives,
         )
+        self.storage.require_claimed()
         return self._hardware
+
+    @property
+    def storage(self) -> MachineStorage:
+        """The drives of this run; made anew after a power-off."""
+        if self._storage is None:
+            self._storage = MachineStorage(self.config, self.registry, self._on_lease_lost)
+        return self._storage
+
+    def _on_lease_lost(self, error: LeaseLost) -> None:
+        """On an I/O thread: another machine has taken an image over. This one must stand still."""
+        hardware = self._hardware
+        if hardware is not None:
+            hardware.thread.post(lambda: hardware.halt(freeze_time=True))
+        self._fail(str(error))
 
     def _load(self, memory: GuestMemory) -> VcpuState:
         config = self.config
@@ -388,6 +409,9 @@ class Machine:
 
     def close(self) -> None:
         """End it, whatever it does; idempotent."""
+        storage, self._storage = self._storage, None
+        if storage is not None:  # after the devices, which may have written until now
+            storage.close()
         try:
             if self._state is not _S.POWERED_OFF:
                 self.power_off()

@@ -35,6 +35,7 @@ class TeleportView:
         self._machine = machine
         self._was_running = False
         self._handed_over = False
+        self._drives: list[dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +55,7 @@ class TeleportView:
             "cpu": describe_cpu(machine, with_state=machine.state is not MachineState.TELEPORTING_IN),
             "devices": [[kind, instance] for kind, instance in hardware.device_keys()],
             "boot": machine.boot_digest(),
+            "drives": self._describe_drives(),
         }
 
     def check(self, source: Mapping[str, Any]) -> Sequence[Blocker]:
@@ -65,11 +67,18 @@ class TeleportView:
             "devices": self._check_devices,
             "boot": self._check_boot,
             "cpu": lambda there, _here: cpu.compare(there),
+            "drives": lambda there, _here: self._machine.storage.check(there),
         }
         found = compare_descriptions(self.name, source, self.describe(), hooks)
         if not found:
             found = cpu.plug(source["cpu"])
         return found
+
+    def _describe_drives(self) -> list[dict[str, Any]]:
+        if self._drives is None:  # once: each time the images would get another mark to be recognised by
+            arriving = self._machine.state is MachineState.TELEPORTING_IN
+            self._drives = self._machine.storage.describe(publish=not arriving)
+        return self._drives
 
     def _check_devices(self, source: Any, target: Any) -> list[Blocker]:
         def rows(value: Any) -> dict[str, tuple[str, int]]:
@@ -113,6 +122,8 @@ class TeleportView:
             for device in self._machine.hardware.devices
             if (reason := device.migration_blocker())
         ]
+        if role == "source":
+            found += self._machine.storage.local_blockers()
         found += self._machine.registry.hooks.preflight_check(self.name, role, self.describe())
         return found
 
@@ -131,6 +142,7 @@ class TeleportView:
         if machine.state not in (MachineState.TELEPORTING, MachineState.TELEPORTING_PAUSED):
             raise TeleportError(f"machine {self.name} became {machine.state.value} during the teleport.")
         self._was_running = machine.state is MachineState.TELEPORTING
+        machine.storage.flush()  # most of it now, so that little is left when the guest stands still
         machine.hardware.halt(freeze_time=False)
         machine.hardware.thread.call(lambda: None)  # what the last slice posted (a reset) has happened before the scan
         if machine.powering_off:
@@ -155,6 +167,18 @@ class TeleportView:
     # -- the target
 
     def restore(self, payloads: Sequence[Payload]) -> None:
+    # -- both: the leases of the disks (`vmf.teleport.seam.KeepsLeases`)
+
+    @property
+    def leased(self) -> bool:
+        return self._machine.storage.leased
+
+    def pass_leases(self, teleport_id: bytes) -> None:
+        self._machine.storage.pass_leases(teleport_id.hex())
+
+    def take_leases(self, teleport_id: bytes) -> None:
+        self._machine.storage.take_leases(teleport_id.hex())
+
         self._machine.hardware.restore(payloads)
 
     def resume(self, elapsed_ns: int, running: bool) -> None:

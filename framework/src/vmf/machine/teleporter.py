@@ -166,6 +166,7 @@ class Teleporter:
             machine.set_state(_S.TELEPORTING_IN)
             try:
                 machine.boot_digest()
+                machine.storage.prepare()
                 machine.assemble()
                 listener = self.listener = machine.registry.transport(where.scheme).listen(where)
             except BaseException:
