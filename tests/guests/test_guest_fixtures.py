@@ -82,10 +82,10 @@ def make_deb(path: Path, compression: str) -> None:
 def test_a_file_out_of_a_package(tmp_path: Path, compression: str) -> None:
     make_deb(tmp_path / "p.deb", compression)
     assert guests._member_of_deb(tmp_path / "p.deb", r"\./boot/vmlinuz-.*") == b"kernel" * 9
-    with pytest.raises(guests._Unavailable, match=r"p\.deb holds no"):
+    with pytest.raises(guests.Unavailable, match=r"p\.deb holds no"):
         guests._member_of_deb(tmp_path / "p.deb", "nothing")
     (tmp_path / "q.deb").write_bytes(b"<html>")
-    with pytest.raises(guests._Unavailable, match="not a Debian package"):
+    with pytest.raises(guests.Unavailable, match="not a Debian package"):
         guests._member_of_deb(tmp_path / "q.deb", "nothing")
 
 

@@ -60,7 +60,7 @@ class Found:
         return self.path
 
 
-class _Unavailable(Exception):
+class Unavailable(Exception):
     """One line: why something cannot be had here."""
 
 
@@ -78,7 +78,7 @@ def builtin_guest() -> Path:
 
 
 @contextmanager
-def _locked(name: str) -> Iterator[Path]:
+def locked(name: str) -> Iterator[Path]:
     """The final place of `name` in the cache, while no other process fetches it."""
     folder = cache_dir()
     try:
@@ -86,10 +86,10 @@ def _locked(name: str) -> Iterator[Path]:
         with filelock.FileLock(folder / f"{name}.lock", timeout=2 * _APT_SECONDS):
             yield folder / name
     except (OSError, filelock.Timeout) as error:
-        raise _Unavailable(f"the cache {folder} cannot be used ({error}); set VMF_CACHE to another place") from error
+        raise Unavailable(f"the cache {folder} cannot be used ({error}); set VMF_CACHE to another place") from error
 
 
-def _place(target: Path, content: bytes) -> None:
+def place(target: Path, content: bytes) -> None:
     """Write a file so that nobody ever sees a part of it."""
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
         file.write(content)
@@ -97,23 +97,26 @@ def _place(target: Path, content: bytes) -> None:
     os.replace(file.name, target)
 
 
-def _run(command: list[str], where: Path) -> str:
+def run(command: list[str], where: Path, seconds: float = _APT_SECONDS) -> str:
+    """Run a tool in a folder; its output. Raises Unavailable with the reason."""
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    environment["PATH"] = environment.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
         done = subprocess.run(
             command,
             cwd=where,
-            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+            env=environment,
             capture_output=True,
             text=True,
-            timeout=_APT_SECONDS,
+            timeout=seconds,
         )
     except FileNotFoundError as error:
-        raise _Unavailable(f"this machine has no {command[0]}") from error
+        raise Unavailable(f"this machine has no {command[0]}") from error
     except subprocess.TimeoutExpired as error:
-        raise _Unavailable(f"{command[0]} took longer than {_APT_SECONDS} s") from error
+        raise Unavailable(f"{command[0]} took longer than {seconds:.0f} s") from error
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith(("E:", "W:"))]
-        raise _Unavailable(f"{' '.join(command[:1] + command[-2:])} failed: {(lines or ['no reason given'])[-1]}")
+        raise Unavailable(f"{' '.join(command[:1] + command[-2:])} failed: {(lines or ['no reason given'])[-1]}")
     return done.stdout
 
 
@@ -128,26 +131,26 @@ def _apt_options(private: Path | None) -> list[str]:
     return options
 
 
-def _download(package: str, follow: str | None) -> Path:
+def download(package: str, follow: str | None) -> Path:
     """Download a .deb into a new temporary folder; `follow` matches the dependency that is really wanted."""
     folder = Path(tempfile.mkdtemp(prefix="vmf-apt-"))
-    problem: _Unavailable | None = None
+    problem: Unavailable | None = None
     for private in (None, cache_dir() / "apt"):
         options = _apt_options(private)
         try:
             if private is not None:
-                _run(["apt-get", *options, "-qq", "update"], folder)
+                run(["apt-get", *options, "-qq", "update"], folder)
             name = package
             if follow is not None:
-                found = re.findall(follow, _run(["apt-cache", *options, "depends", package], folder))
+                found = re.findall(follow, run(["apt-cache", *options, "depends", package], folder))
                 if not found:
-                    raise _Unavailable(f"apt knows no package {package}")
+                    raise Unavailable(f"apt knows no package {package}")
                 name = str(found[0])
-            _run(["apt-get", *options, "-qq", "download", name], folder)
+            run(["apt-get", *options, "-qq", "download", name], folder)
             for deb in folder.glob("*.deb"):
                 return deb
-            raise _Unavailable(f"apt-get download {name} left no package")
-        except _Unavailable as error:
+            raise Unavailable(f"apt-get download {name} left no package")
+        except Unavailable as error:
             problem = problem or error
     shutil.rmtree(folder, ignore_errors=True)
     assert problem is not None
@@ -180,10 +183,17 @@ class _Inflating:
 
 
 def _member_of_deb(deb: Path, pattern: str) -> bytes:
-    """Content of the first file of a Debian package (deb(5): an ar archive with a tar in it) that matches."""
+    """Content of the first file of a Debian package that matches."""
+    for _, content in members_of_deb(deb, pattern):
+        return content
+    raise Unavailable(f"{deb.name} holds no {pattern}")
+
+
+def members_of_deb(deb: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files of a Debian package (deb(5): an ar archive with a tar in it) that match."""
     with deb.open("rb") as file:
         if file.read(8) != b"!<arch>\n":
-            raise _Unavailable(f"{deb.name} is not a Debian package")
+            raise Unavailable(f"{deb.name} is not a Debian package")
         while len(header := file.read(60)) == 60:
             name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
             if not name.startswith("data.tar"):
@@ -205,8 +215,7 @@ def _member_of_deb(deb: Path, pattern: str) -> bytes:
                     if member.isfile() and re.fullmatch(pattern, member.name):
                         content = archive.extractfile(member)
                         assert content is not None
-                        return content.read()
-    raise _Unavailable(f"{deb.name} holds no {pattern}")
+                        yield member.name, content.read()
 
 
 def _fetched(name: str, variable: str, package: str, follow: str | None, pattern: str) -> Found:
@@ -218,15 +227,15 @@ def _fetched(name: str, variable: str, package: str, follow: str | None, pattern
     if ready.is_file():
         return Found(ready)
     try:
-        with _locked(name) as target:
+        with locked(name) as target:
             if not target.is_file():
-                deb = _download(package, follow)
+                deb = download(package, follow)
                 try:
-                    _place(target, _member_of_deb(deb, pattern))
+                    place(target, _member_of_deb(deb, pattern))
                 finally:
                     shutil.rmtree(deb.parent, ignore_errors=True)
             return Found(target)
-    except _Unavailable as error:
+    except Unavailable as error:
         return Found(None, f"no {package}: {error}")
 
 
@@ -249,14 +258,14 @@ def selfcheck() -> Found:
     source = _HERE / "selfcheck.c"
     digest = hashlib.sha256(source.read_bytes() + " ".join(_COMPILE).encode()).hexdigest()[:16]
     try:
-        with _locked(f"selfcheck-{digest}") as target:
+        with locked(f"selfcheck-{digest}") as target:
             if not target.is_file():
                 with tempfile.TemporaryDirectory(prefix="vmf-cc-") as folder:
                     built = Path(folder) / "selfcheck"
-                    _run(["gcc", *_COMPILE, "-o", str(built), str(source), "-lm"], Path(folder))
-                    _place(target, built.read_bytes())
+                    run(["gcc", *_COMPILE, "-o", str(built), str(source), "-lm"], Path(folder))
+                    place(target, built.read_bytes())
             return Found(target)
-    except _Unavailable as error:
+    except Unavailable as error:
         return Found(None, f"no self-checking guest program: {error}")
 
 
@@ -279,11 +288,11 @@ def linux_guest(command: str | None = None, files: Mapping[str, bytes] | None = 
     image = initrd(box.read_bytes(), init, files)
     name = f"initrd-{hashlib.sha256(image).hexdigest()[:16]}"
     try:
-        with _locked(name) as target:
+        with locked(name) as target:
             if not target.is_file():
-                _place(target, image)
+                place(target, image)
             return LinuxGuest(kernel, target)
-    except _Unavailable as error:
+    except Unavailable as error:
         raise FileNotFoundError(str(error)) from error
 
 

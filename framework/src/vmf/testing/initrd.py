@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from attrs import frozen
 
 _APPLETS = """
-    ash awk basename cat chmod cp cut cttyhack date dd dirname dmesg echo env expr false find free grep head hostname
-    id kill killall ln ls md5sum mkdir mknod mount mv nproc od pidof poweroff printf ps pwd readlink reboot rm rmdir
-    sed seq setsid sh sha256sum sleep sort stty sync tail tee test time top touch tr true tty umount uname uptime
-    usleep wc which xargs yes zcat
+    ash awk basename cat chmod cp cttyhack cut date dd dirname dmesg echo env expr false find free grep head
+    hostname id insmod kill killall ln ls md5sum mkdir mknod mount mv nproc od pidof poweroff printf ps pwd readlink
+    reboot rm rmdir sed seq setsid sh sha256sum sleep sort stty switch_root sync tail tee test time top touch tr
+    true tty umount uname uptime usleep wc which xargs yes zcat
 """
 APPLETS = tuple(_APPLETS.split())
 """Names under which busybox is linked into /bin."""

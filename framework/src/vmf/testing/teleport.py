@@ -301,6 +301,9 @@ class FakeMachine:
     def mark_handed_over(self) -> None:
         self._call("mark_handed_over")
 
+    def take_back(self) -> None:
+        self._call("take_back")
+
     def mark_teleported(self) -> None:
         self._call("mark_teleported")
 

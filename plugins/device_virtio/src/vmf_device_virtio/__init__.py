@@ -1,0 +1,1 @@
+"""PCI and virtio devices for vmf."""

@@ -1,0 +1,296 @@
+"""virtio-blk (virtio 1.2, section 5.2): hard disks, DVDs and floppies as block devices.
+
+Theory of operation
+    A request is taken apart on the vCPU thread into views of guest RAM, which an I/O thread hands to the drive: data
+    goes between image and guest RAM by one system call. What has come back is told to the guest on the vCPU thread.
+
+    The cache is write-back: a write is durable after the next flush that is begun after the write was reported. A
+    driver that does not know about flushes (it did not accept the feature) gets one after each write.
+
+    Discard is a hint that may do nothing; write-zeroes always does what it says. Both are bounded in one request, so
+    that none of them takes long.
+
+    At rest (`quiesce`) no request is under way: all have been reported to the guest, so that the rings in guest RAM
+    are all there is to know, and the saved state is only registers.
+"""
+
+from __future__ import annotations
+
+import logging
+from struct import Struct
+from typing import Any
+
+from vmf.device import fields
+from vmf.device.base import DeviceEnvironment
+from vmf.errors import StateError, VmfError
+from vmf.storage import SECTOR_SIZE, Drive
+from vmf_device_virtio.iothreads import DRAIN_SECONDS, IoThreads
+from vmf_device_virtio.pci import HostBridge
+from vmf_device_virtio.queue import Chain, QueueError
+from vmf_device_virtio.transport import VirtioDevice
+
+log = logging.getLogger(__name__)
+
+# Feature bits.
+F_SEG_MAX, F_READ_ONLY, F_BLOCK_SIZE = 1 << 2, 1 << 5, 1 << 6
+F_FLUSH, F_TOPOLOGY, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 10, 1 << 13, 1 << 14
+
+# Request types and their results.
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+_DONE = -1
+S_OK, S_IOERR, S_UNSUPPORTED = b"\0", b"\1", b"\2"
+
+_HEADER = Struct("<IIQ")
+"""Type, reserved, sector."""
+_SEGMENT = Struct("<QII")
+"""Of discard and write-zeroes: sector, count, flags."""
+_SEGMENT_UNMAP = 1
+_CONFIGURATION = Struct("<QIIHBBIBBHIBBHIIIIIB3x")
+_ID_SIZE = 20
+
+QUEUE_SIZE = 256
+SEGMENTS_MAX = QUEUE_SIZE - 2
+MAX_RANGES = 16
+"""Segments of a discard or write-zeroes request."""
+MAX_RANGE_SECTORS = (64 << 20) // SECTOR_SIZE
+THREADS = 4
+
+
+class _Request:
+    """One request under way; a job of the I/O threads."""
+
+    __slots__ = ("chain", "drive", "kind", "length", "offset", "result", "segments", "sync", "views")
+
+    def __init__(self, chain: Chain, drive: Drive, kind: int, offset: int, views: list[memoryview]) -> None:
+        self.chain = chain
+        self.drive = drive
+        self.kind = kind
+        self.offset = offset
+        self.views = views
+        self.segments: list[tuple[int, int, bool]] = []
+        self.sync = False
+        self.length = 0
+        """Bytes written into guest RAM, without the status."""
+        self.result = S_OK
+
+    def run(self) -> None:
+        drive, kind = self.drive, self.kind
+        try:
+            if kind == T_IN:
+                drive.readv(self.offset, self.views)
+            elif kind == T_OUT:
+                drive.writev(self.offset, self.views)
+            elif kind == T_DISCARD:
+                for offset, length, _ in self.segments:
+                    drive.discard(offset, length)
+            elif kind == T_WRITE_ZEROES:
+                for offset, length, unmap in self.segments:
+                    drive.write_zeroes(offset, length, may_unmap=unmap)
+            if kind == T_FLUSH or self.sync:
+                drive.flush()
+        except VmfError as error:
+            log.warning("port %d: %s", drive.port, error)
+            self.result = S_IOERR
+        except Exception:  # a storage plugin's mistake: the guest sees an error, people the traceback
+            log.exception("port %d: its storage plugin failed", drive.port)
+            self.result = S_IOERR
+
+
+class VirtioBlock(VirtioDevice):
+    """A drive."""
+
+    kind = "virtio.blk"
+    TYPE = 2
+    PCI_CLASS = 0x0180
+    QUEUES = (QUEUE_SIZE,)
+    SCHEMA: fields.Schema = {
+        "sectors": fields.integer(0, (1 << 63) // SECTOR_SIZE),
+        "read_only": fields.boolean,
+    }
+
+    def __init__(self, environment: DeviceEnvironment, bridge: HostBridge, slot: int, drive: Drive) -> None:
+        features = F_SEG_MAX | F_BLOCK_SIZE | F_FLUSH | F_TOPOLOGY
+        features |= F_READ_ONLY if drive.read_only else F_DISCARD | F_WRITE_ZEROES
+        super().__init__(environment, bridge, slot, features)
+        drive.claim(self.kind)
+        self._drive = drive
+        self._sectors = drive.size // SECTOR_SIZE
+        self._threads: IoThreads[_Request] = IoThreads(
+            f"disk at port {drive.port}", THREADS, environment.post, self._finished
+        )
+
+    # -- what the driver sees
+
+    def configuration(self) -> bytes:
+        drive = self._drive
+        exponent = max((drive.block_size // SECTOR_SIZE).bit_length() - 1, 0)
+        ranges = (0, 0, 0, 0, 0) if drive.read_only else (
+            MAX_RANGE_SECTORS, MAX_RANGES, max(drive.block_size // SECTOR_SIZE, 1), MAX_RANGE_SECTORS, MAX_RANGES
+        )  # fmt: skip
+        return _CONFIGURATION.pack(
+            self._sectors, 0, SEGMENTS_MAX, 0, 0, 0, SECTOR_SIZE, exponent, 0, 1, 0, 1, 0, 1, *ranges, 1
+        )
+
+    def medium_changed(self) -> None:
+        """The drive's medium is another one, or there is none: the driver reads the size again. vCPU thread."""
+        self._threads.drain()
+        self._sectors = self._drive.size // SECTOR_SIZE
+        self.configuration_changed()
+
+    # -- requests
+
+    def notified(self, number: int) -> None:
+        queue = self.queues[0]
+        while (chain := queue.pop()) is not None:
+            request = self._request(chain)
+            if request.kind == _DONE:
+                self._report(request)
+                self.completed(queue)
+            else:
+                self._threads.submit(request)
+
+    def _request(self, chain: Chain) -> _Request:
+        """Take a request apart. Raises QueueError when it is none at all."""
+        readable, writable = chain.readable, chain.writable
+        if not readable or not writable:
+            raise QueueError("a request without header or status")
+        header = readable[0]
+        if len(header) == _HEADER.size:
+            readable = readable[1:]
+        else:  # drivers may cut a request into buffers as they like (section 2.7.4)
+            header, readable = _split(readable, _HEADER.size)
+            if len(header) < _HEADER.size:
+                raise QueueError("a request without header")
+        if len(writable[-1]) > 1:
+            writable = [*writable[:-1], writable[-1][:-1]]
+        else:
+            writable = writable[:-1]
+        kind, _, sector = _HEADER.unpack_from(header)
+        offset = sector * SECTOR_SIZE
+        if kind == T_IN:
+            request = _Request(chain, self._drive, kind, offset, writable)
+            request.length = sum(map(len, writable))
+            if not self._within(offset, request.length):
+                return _done(chain, self._drive, S_IOERR)
+        elif kind == T_OUT:
+            request = _Request(chain, self._drive, kind, offset, readable)
+            if not self._within(offset, sum(map(len, readable))):
+                return _done(chain, self._drive, S_IOERR)
+            request.sync = not self.features & F_FLUSH
+        elif kind == T_FLUSH:
+            request = _Request(chain, self._drive, kind, 0, [])
+        elif kind in (T_DISCARD, T_WRITE_ZEROES):
+            request = _Request(chain, self._drive, kind, 0, [])
+            request.sync = not self.features & F_FLUSH
+            if refusal := self._ranges(request, readable):
+                return _done(chain, self._drive, refusal)
+        elif kind == T_GET_ID:
+            return self._identify(chain, writable)
+        else:
+            return _done(chain, self._drive, S_UNSUPPORTED)
+        return request
+
+    def _within(self, offset: int, length: int) -> bool:
+        return length % SECTOR_SIZE == 0 and offset + length <= self._sectors * SECTOR_SIZE
+
+    def _ranges(self, request: _Request, readable: list[memoryview]) -> bytes:
+        """The segments of a discard or write-zeroes request; the refusal, or b"" when all is well."""
+        data = b"".join(readable)
+        if len(data) % _SEGMENT.size or not data:
+            return S_IOERR
+        if len(data) > _SEGMENT.size * MAX_RANGES:
+            return S_IOERR
+        for sector, count, flags in _SEGMENT.iter_unpack(data):
+            if flags & ~_SEGMENT_UNMAP or (flags and request.kind == T_DISCARD):
+                return S_UNSUPPORTED
+            if count > MAX_RANGE_SECTORS or sector + count > self._sectors or self._drive.read_only:
+                return S_IOERR
+            request.segments.append((sector * SECTOR_SIZE, count * SECTOR_SIZE, bool(flags)))
+        return b""
+
+    def _identify(self, chain: Chain, writable: list[memoryview]) -> _Request:
+        serial = self._drive.serial.encode("ascii", "replace")[:_ID_SIZE].ljust(_ID_SIZE, b"\0")
+        if sum(map(len, writable)) < _ID_SIZE:
+            return _done(chain, self._drive, S_IOERR)
+        written = 0
+        for view in writable:
+            part = serial[written : written + len(view)]
+            view[: len(part)] = part
+            written += len(part)
+        return _done(chain, self._drive, S_OK, written)
+
+    def _report(self, request: _Request) -> None:
+        chain, length = request.chain, request.length
+        chain.writable[-1][-1:] = request.result
+        if length:
+            for gpa, size in chain.ranges:
+                self._memory_written(gpa, size)
+        self.queues[0].push(chain.head, length + 1)
+
+    def _finished(self, requests: list[_Request]) -> None:
+        queue = self.queues[0]
+        if not queue.active:
+            return  # the driver broke its rings meanwhile: there is nobody to tell
+        for request in requests:
+            self._report(request)
+        self.completed(queue)
+
+    # -- life
+
+    def quiesce(self) -> None:
+        self._threads.drain()
+
+    def stop_work(self) -> None:
+        self._threads.drain()
+
+    def save_own(self) -> dict[str, Any]:
+        return {"sectors": self._sectors, "read_only": self._drive.read_only}
+
+    def check_own(self, values: dict[str, Any]) -> None:
+        drive = self._drive
+        here = drive.size // SECTOR_SIZE
+        if values["sectors"] != here:
+            raise StateError(
+                f"{self.kind}: the drive at port {drive.port} has {values['sectors'] * SECTOR_SIZE} bytes at the"
+                f" source and {here * SECTOR_SIZE} here.",
+                "Give both machines the same image.",
+            )
+        if values["read_only"] != drive.read_only:
+            words = {True: "read-only", False: "writable"}
+            raise StateError(
+                f"{self.kind}: the drive at port {drive.port} is {words[values['read_only']]} at the source and"
+                f" {words[drive.read_only]} here.",
+                "Attach it alike on both machines.",
+            )
+
+    def restore_own(self, values: dict[str, Any]) -> None:
+        self._sectors = values["sectors"]
+
+    def close(self) -> None:
+        try:
+            self._threads.drain(DRAIN_SECONDS)
+        except StateError as error:
+            log.warning("%s", error)
+        self._threads.close()
+        for queue in self.queues:
+            queue.stop()
+
+
+def _done(chain: Chain, drive: Drive, result: bytes, length: int = 0) -> _Request:
+    """A request that needs no thread: refused, or answered."""
+    request = _Request(chain, drive, _DONE, 0, [])
+    request.result, request.length = result, length
+    return request
+
+
+def _split(views: list[memoryview], size: int) -> tuple[memoryview, list[memoryview]]:
+    """The first `size` bytes (copied; fewer when there are no more), and the rest."""
+    head = bytearray()
+    rest = list(views)
+    while rest and len(head) < size:
+        view = rest.pop(0)
+        missing = size - len(head)
+        head += view[:missing]
+        if len(view) > missing:
+            rest.insert(0, view[missing:])
+    return memoryview(bytes(head)), rest

@@ -1,0 +1,100 @@
+"""Threads that wait for storage, so that the vCPU does not.
+
+Jobs go in on the vCPU thread and come back there, finished, in any order: the threads gather finished ones, and post
+a single callable for all that are there when it runs. The threads start with the first job.
+
+A job holds views of guest RAM. So whoever wants RAM for itself (a reset, a pause, the end) waits with `drain`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from vmf.errors import StateError
+
+DRAIN_SECONDS = 30.0
+"""How long a pause, a reset or a handover waits for storage that does not answer."""
+
+
+class Job(Protocol):
+    def run(self) -> None:
+        """On an I/O thread; never raises."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+class IoThreads(Generic[J]):
+    """The threads of one device. All methods are the vCPU thread's."""
+
+    def __init__(
+        self, name: str, count: int, post: Callable[[Callable[[], None]], None], finished: Callable[[list[J]], None]
+    ) -> None:
+        """
+        Args:
+            post: runs a callable on the vCPU thread soon.
+            finished: gets the finished jobs there.
+        """
+        self._name = name
+        self._count = count
+        self._post = post
+        self._finished = finished
+        self._jobs: queue.SimpleQueue[J | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[J] = queue.SimpleQueue()
+        self._posted = False
+        self._threads: list[threading.Thread] = []
+        self.under_way = 0
+        """Jobs that have not come back."""
+
+    def submit(self, job: J) -> None:
+        if len(self._threads) <= self.under_way and len(self._threads) < self._count:
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self.under_way += 1
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        get, put = self._jobs.get, self._done.put
+        while (job := get()) is not None:
+            job.run()
+            put(job)
+            del job  # its views are guest RAM
+            # The other order in `_collect`: whatever is put after this was seen true is found there.
+            if not self._posted:
+                self._posted = True
+                self._post(self._collect)
+
+    def _collect(self) -> None:
+        self._posted = False
+        jobs = []
+        while not self._done.empty():
+            jobs.append(self._done.get_nowait())
+        if jobs:
+            self.under_way -= len(jobs)
+            self._finished(jobs)
+
+    def drain(self, seconds: float = DRAIN_SECONDS) -> None:
+        """Wait until every job has come back. Raises StateError when storage does not answer in time."""
+        end = time.monotonic() + seconds
+        while self.under_way:
+            try:
+                job = self._done.get(timeout=max(end - time.monotonic(), 0.001))
+            except queue.Empty:
+                raise StateError(
+                    f"{self._name}: {self.under_way} requests to its storage are not answered since {seconds:.0f} s.",
+                    "Look after the storage; the machine goes on meanwhile.",
+                ) from None
+            self.under_way -= 1
+            self._finished([job])
+
+    def close(self) -> None:
+        """End the threads once they have nothing to do; idempotent."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        self._threads.clear()
