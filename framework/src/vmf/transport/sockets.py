@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
 from vmf.transport.base import Address, Channel
 
-_BACKLOG = 16
+_BACKLOG = 128
+"""Connections that the kernel holds until they are accepted; a flood beyond that makes honest ones try again, late."""
 _ANY = ("", "*")
 _RESOLVE_SECONDS = 20.0
 _PRIVILEGED_PORTS = 1024

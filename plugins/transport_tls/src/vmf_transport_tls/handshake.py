@@ -23,6 +23,8 @@ _WELCOME, _REFUSED = 0, 1
 MAX_REASON = 1000
 _READ = 65536
 _LINGER_S = 0.5
+_RECORD_HEADER = 5
+"""Bytes. A client says its first record at once; who says less so far is slow, or no client."""
 _HANDSHAKE_RECORD = 0x16
 """First byte of whatever a TLS client says first (RFC 8446, 5.1)."""
 _NOT_TLS = b"\x15\x03\x03\x00\x02\x02\x46" + b"This port speaks TLS; vmf: controlvm NAME teleport --transport tls\r\n"
@@ -56,13 +58,19 @@ class _Conversation:
     """A TLS connection over a socket until a deadline (time.monotonic)."""
 
     def __init__(
-        self, connection: socket.socket, context: ssl.SSLContext, deadline: float, server_hostname: str | None
+        self,
+        connection: socket.socket,
+        context: ssl.SSLContext,
+        deadline: float,
+        server_hostname: str | None,
+        greeted: Callable[[], None] = lambda: None,
     ) -> None:
         self._socket = connection
         self._deadline = deadline
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(incoming, outgoing, server_side=server_hostname is None, server_hostname=server_hostname)
         self.stream = Stream(tls, incoming, outgoing)
+        self._greeted = greeted
         self.first = b""
         """The first bytes that came."""
 
@@ -94,6 +102,8 @@ class _Conversation:
             data = self._socket.recv(_READ)
             if not data:
                 raise EOFError
+            if not self.first and len(data) > _RECORD_HEADER:
+                self._greeted()
             self.first = self.first or data[:8]
             if self.stream.tls.server_side and self.first[0] != _HANDSHAKE_RECORD:
                 self._socket.sendall(_NOT_TLS)
@@ -138,10 +148,18 @@ def quoted(names: tuple[str, ...]) -> str:
 
 
 def serve(
-    connection: socket.socket, remote: Address, credentials: Credentials, allow: tuple[str, ...], timeout: float
+    connection: socket.socket,
+    remote: Address,
+    credentials: Credentials,
+    allow: tuple[str, ...],
+    timeout: float,
+    greeted: Callable[[], None] = lambda: None,
 ) -> tuple[Stream, tuple[str, ...]]:
-    """The target's side: the stream and the source's names. Raises TransportRefused with the reason, one line."""
-    talk = _Conversation(connection, credentials.context, time.monotonic() + timeout, None)
+    """The target's side: the stream and the source's names; `greeted` is called when the source has begun to speak TLS.
+
+    Raises TransportRefused with the reason, one line.
+    """
+    talk = _Conversation(connection, credentials.context, time.monotonic() + timeout, None, greeted)
     try:
         talk.run(talk.stream.tls.do_handshake)
         names = peer_names(talk.stream.tls.getpeercert())

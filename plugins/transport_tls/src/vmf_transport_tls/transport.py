@@ -5,8 +5,8 @@ teleport here; none means everybody whom the CA knows), for connecting `tls_host
 target's certificate, instead of the host that is connected to).
 
 The listener shakes hands on a thread for each connection, so that a slow or silent one holds up nobody; `accept`
-gives only connections whose certificate was checked. At most `MAX_HANDSHAKES` are under way: when one more comes, the
-oldest is dropped, so connections that do nothing keep nobody out.
+gives only connections whose certificate was checked. At most `MAX_HANDSHAKES` are under way: when one more comes, one
+is dropped (`vmf.transport.crowd` says which), so connections that do nothing keep nobody out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
 from vmf.transport import sockets
 from vmf.transport.base import Address, Channel, Listener, Transport
+from vmf.transport.crowd import Crowd
 from vmf_transport_tls import files, handshake
 from vmf_transport_tls.channel import TlsChannel
 
@@ -61,9 +62,10 @@ class TlsListener(Listener):
         self._seconds = handshake_seconds
         self._ready: queue.SimpleQueue[TlsChannel | TransportError | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._pending: dict[socket.socket, None] = {}
-        """Handshakes under way, oldest first. Guarded by `_lock`, as is `_shut`."""
+        self._pending: Crowd[socket.socket] = Crowd(MAX_HANDSHAKES)
+        """Handshakes under way."""
         self._shut = False
+        """Guarded by `_lock`."""
         self._thread = threading.Thread(target=self._accept, name="vmf-tls-accept", daemon=True)
         self._thread.start()
 
@@ -98,12 +100,11 @@ class TlsListener(Listener):
                 self._offer(error)
                 time.sleep(0.1)  # out of descriptors, say: do not spin
                 continue
-            with self._lock:
-                oldest = next(iter(self._pending)) if len(self._pending) >= MAX_HANDSHAKES else None
-                if oldest is not None:
-                    del self._pending[oldest]
-                    _break(oldest)
-                self._pending[connection] = None
+            leaves = self._pending.enter(connection, sockets.address_of(SCHEME, peer).host)
+            if leaves is not None:
+                _break(leaves)
+            if self._shut:
+                _break(connection)
             threading.Thread(
                 target=self._shake_hands, args=(connection, peer), name="vmf-tls-handshake", daemon=True
             ).start()
@@ -114,12 +115,17 @@ class TlsListener(Listener):
         try:
             remote = sockets.address_of(SCHEME, peer)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream, names = handshake.serve(connection, remote, self._credentials, self._allow, self._seconds)
+            stream, names = handshake.serve(
+                connection,
+                remote,
+                self._credentials,
+                self._allow,
+                self._seconds,
+                lambda: self._pending.advance(connection, 1),
+            )
             local = sockets.address_of(SCHEME, connection.getsockname())
-            with self._lock:
-                if connection not in self._pending:
-                    return  # dropped at the last moment
-                del self._pending[connection]
+            if not self._pending.leave(connection):
+                return  # dropped at the last moment
             own = self._credentials
             channel = TlsChannel(connection, local, remote, stream, names, own.notices, own.end_point)
             log.info("%s is %s", remote, handshake.quoted(names))
@@ -129,8 +135,7 @@ class TlsListener(Listener):
         except OSError as error:
             log.info("a connection broke: %s", error)
         finally:
-            with self._lock:
-                self._pending.pop(connection, None)
+            self._pending.leave(connection)
             if not kept:
                 connection.close()
 
@@ -148,8 +153,8 @@ class TlsListener(Listener):
             if self._shut:
                 return
             self._shut = True
-            for connection in self._pending:
-                _break(connection)
+        for connection in self._pending.everybody():
+            _break(connection)
         self._acceptor.shutdown()
         self._ready.put(None)
 
