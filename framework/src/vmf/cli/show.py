@@ -12,6 +12,7 @@ from vmf.cli.common import home, machine_argument, say, table
 from vmf.errors import VmfError
 
 if TYPE_CHECKING:
+    from vmf.machine.config import DriveConfig
     from vmf.machine.home import Home
 
 UNRESPONSIVE = "not answering"
@@ -73,6 +74,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Command line", config.cmdline),
         ("Image", config.image),
         ("Devices", ", ".join(config.devices)),
+        *(("Drive", _drive(each)) for each in config.drives),
         ("Teleporter", waits),
         ("Teleports allowed from", ", ".join(teleporter.allow)),
         ("Teleport password", "set" if teleporter.password_verifier else ""),
@@ -97,6 +99,11 @@ def _contract(cpuid: Any) -> str:
     parts.append(f"{len(cpuid.get('features', ()))} features")
     parts.append(f"{cpuid.get('physical_address_bits')} physical address bits")
     return ", ".join(part for part in parts if part)
+
+
+def _drive(drive: DriveConfig) -> str:
+    access = "" if drive.writable or not drive.medium else ", read-only"
+    return f"port {drive.port}, {drive.type}: {drive.medium or 'no medium'}{access}"
 
 
 def _backend_in_use(live: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from vmf.errors import ImageInUse, LeaseLost, StorageError
@@ -28,6 +27,7 @@ from vmf.storage.base import LeaseStore
 from vmf.storage.lease import Owner, Record
 
 CHECK_EVERY_S = 0.25
+PATIENCE_S = 1.0
 
 
 def this_owner(machine: str, uuid: str) -> Owner:
@@ -102,21 +102,22 @@ class Lease:
         self._drop()
 
     def take(self, teleport: str) -> None:
-        """Get it from the source of a teleport that has said HANDOVER. Raises LeaseLost: the machine is not ours."""
-        self._get(lambda record: rules.take(record, self._me, teleport, int(time.time())))
-
-    def take_back(self, teleport: str, *, handed_over: bool) -> None:
-        """Get back what was offered. Raises LeaseLost when the target has it, StorageError when nobody can tell."""
-        self._get(
-            lambda record: rules.take_back(
-                record,
-                self._me,
-                teleport,
-                excludes=self.store.excludes,
-                handed_over=handed_over,
-                since=int(time.time()),
-            )
-        )
+        """Get what was offered, as the target or back at the source. Raises LeaseLost: the machine is not ours."""
+        # The other side lets go of its lock a moment after its record is written, or holds it for good.
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self._lock()
+                break
+            except ImageInUse as error:
+                if time.monotonic() > end:
+                    raise LeaseLost(error.message, error.remedy) from None
+                time.sleep(0.001)
+        try:
+            self._hold(rules.take(self._read(), self._me, teleport, int(time.time())))
+        except BaseException:
+            self.store.unlock()
+            raise
 
     def release(self) -> None:
         """Give it up in good order. Raises LeaseLost when it was lost before."""
@@ -150,23 +151,6 @@ class Lease:
         self.store.close()
 
     # -- the steps
-
-    def _get(self, change: Callable[[Record], Record]) -> None:
-        # The other side lets go of its lock a moment after its record is written, or holds it for good.
-        end = time.monotonic() + 2.0
-        while True:
-            try:
-                self._lock()
-                break
-            except ImageInUse as error:
-                if time.monotonic() > end:
-                    raise LeaseLost(error.message, error.remedy) from None
-                time.sleep(0.001)
-        try:
-            self._hold(change(self._read()))
-        except BaseException:
-            self.store.unlock()
-            raise
 
     def _lock(self) -> None:
         if self.store.lock():

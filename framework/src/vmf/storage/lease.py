@@ -11,11 +11,10 @@ hosts see). The record stands at FREE, HELD or OFFERED, and has a generation tha
     any g       --break-->      FREE g+1                       a person decided
 
 A machine may write exactly while the record says HELD, by its own *incarnation* (a random number of one run of one
-machine) and with the generation at which it got it. `take` and `take_back` need the same OFFERED record and each
-leaves another one behind. Done under the store's lock, only one of them can happen: so after HANDOVER, whatever
-breaks, whoever of source and target gets to the lease first is the machine, and the other one can read that it is
-not. A store without a lock cannot decide such a race; there `take_back` after HANDOVER is refused and the source stays
-uncertain until a person has looked.
+machine) and with the generation at which it got it. Both `take`s need the same OFFERED record and leave another one
+behind. Done under the store's lock, only one of them can happen: so after HANDOVER, whatever breaks, whoever of source
+and target gets to the lease first is the machine, and the other one can read that it is not. A store without a lock
+cannot decide such a race; there the source asks for better proof before it takes (`KeepsLeases.leased` is false).
 
 The kernel's lock on the record's store is held for as long as the machine holds the lease. It is what tells a dead
 owner from a living one: HELD, but not locked, means that the owner died (or its host did, or is cut off).
@@ -157,7 +156,10 @@ def offer(record: Record, me: Owner, generation: int, teleport: str) -> Record:
 
 
 def take(record: Record, me: Owner, teleport: str, since: int = 0) -> Record:
-    """The target, told by HANDOVER. Raises LeaseLost when the offer does not stand any more."""
+    """The target, told by HANDOVER; or the source itself, whose teleport failed, takes it back.
+
+    Raises LeaseLost when the offer does not stand any more: the other one has taken it, and has the machine.
+    """
     if record.standing is not Standing.OFFERED or record.teleport != teleport:
         raise LeaseLost(
             f"the handover came too late: {_what(record)} (generation {record.generation}).",
@@ -174,23 +176,6 @@ def take(record: Record, me: Owner, teleport: str, since: int = 0) -> Record:
     )
 
 
-def take_back(record: Record, me: Owner, teleport: str, *, excludes: bool, handed_over: bool, since: int = 0) -> Record:
-    """The source, when the teleport failed.
-
-    Args:
-        handed_over: HANDOVER may have reached the target, which may take it at the same moment.
-
-    Raises LeaseLost when the target has taken it: the machine is there. StorageError when that cannot be decided
-    (nothing excludes the target): the source stays uncertain.
-    """
-    if handed_over and not excludes and record.standing is Standing.OFFERED:
-        raise StorageError(
-            "this storage has no locks, so it cannot decide whether the target is about to take the lease.",
-            "Look whether the machine runs at the target; if not, `vmf media break-lock`, and start it here.",
-        )
-    return take(record, me, teleport, since)
-
-
 def release(record: Record, me: Owner, generation: int) -> Record:
     """The owner ends, having flushed and closed."""
     verify(record, me, generation)
@@ -200,6 +185,11 @@ def release(record: Record, me: Owner, generation: int) -> Record:
 def broken(record: Record) -> Record:
     """A person decided that the owner is gone."""
     return _next(record, standing=Standing.FREE, generation=record.generation + 1, owner=None, teleport="", probe="")
+
+
+def touched(record: Record) -> Record:
+    """The same, to be written once more."""
+    return _next(record)
 
 
 def _what(record: Record) -> str:

@@ -1,0 +1,161 @@
+"""Media, apart from any running machine: make them, look at them, see and break their leases. What `vmf media` does."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attrs import frozen
+
+from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
+from vmf.storage import lease as rules
+from vmf.storage.base import SECTOR_SIZE, ImageInfo, LeaseStore, StorageDriver
+from vmf.storage.holder import read_record
+from vmf.storage.lease import Owner, Record, Standing
+from vmf.storage.uri import absolute, scheme_of
+
+if TYPE_CHECKING:
+    from vmf.machine.home import Home
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Drivers(Protocol):
+    """What of a `PluginRegistry` is needed here."""
+
+    def storage(self, scheme: str) -> StorageDriver: ...
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "4G", "512M", "1.5GiB" or a number of bytes; units are powers of 1024. Raises ConfigError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = round(float(found[1]) * _UNITS[found[2].upper()]) if found is not None else 0
+    if size <= 0 or size % SECTOR_SIZE:
+        raise ConfigError(
+            f"{text!r} is not the size of a disk.",
+            f"Write 4G, 512M or a number of bytes that is a multiple of {SECTOR_SIZE}.",
+        )
+    return size
+
+
+@frozen
+class LeaseView:
+    """A lease, as anybody may look at it.
+
+    Attributes:
+        place: where it is kept; "" when the medium has none.
+        standing: "free", "held", "offered", "none" (there was never one) or "damaged".
+        generation: grows with every change of owner.
+        owner: who has it, or had it last; None when nobody did.
+        since: when that was, seconds since the epoch by that host's clock.
+        alive: its holder's lock stands: the process lives (or its host is cut off, and the file server has not
+            noticed yet).
+        decides: the storage has locks, so that the lease can decide who is the machine.
+        text: one clause for people.
+    """
+
+    place: str
+    standing: str
+    generation: int = 0
+    owner: Owner | None = None
+    since: int = 0
+    alive: bool = False
+    decides: bool = False
+    text: str = "never used"
+
+
+def create(registry: Drivers, medium: str, size: int) -> str:
+    """Make a raw image of `size` bytes; its path or URI as a definition would have it. Raises StorageError."""
+    uri = absolute(medium)
+    registry.storage(scheme_of(uri)).create(uri, size)
+    return uri
+
+
+def inspect(registry: Drivers, medium: str) -> tuple[ImageInfo, LeaseView]:
+    """What a medium is, and who has it. Raises NotFoundError or StorageError."""
+    uri = absolute(medium)
+    return registry.storage(scheme_of(uri)).probe(uri), lease_of(registry, uri)
+
+
+def lease_of(registry: Drivers, medium: str) -> LeaseView:
+    """Who has a medium. Never waits for its owner."""
+    store = _store(registry, medium)
+    if store is None:
+        return LeaseView("", "none")
+    try:
+        try:
+            found = rules.decode(store.read())
+        except StorageError as error:
+            return LeaseView(store.place, "damaged", text=error.message)
+        if found is None:
+            return LeaseView(store.place, "none", decides=store.excludes)
+        return LeaseView(
+            place=store.place,
+            standing=found.standing.value,
+            generation=found.generation,
+            owner=found.owner,
+            since=found.since,
+            alive=found.standing is not Standing.FREE and store.locked_elsewhere(),
+            decides=store.excludes,
+            text=rules.describe(found),
+        )
+    finally:
+        store.close()
+
+
+def break_lease(registry: Drivers, medium: str) -> LeaseView:
+    """Take a lease from an owner that is gone; what it was before. The medium is free then.
+
+    Raises NotFoundError when there is no lease, ImageInUse when its owner can be seen to live, StorageError.
+    """
+    store = _store(registry, medium)
+    if store is None:
+        raise NotFoundError(f"{medium} has no lease: nobody ever used it for writing.", "There is nothing to break.")
+    before = lease_of(registry, medium)
+    try:
+        if not store.lock():
+            raise ImageInUse(
+                f"{medium} has a living owner: {before.text}.",
+                "Its process holds the lock now. Stop that machine; should it hang, end that process, and try again.",
+            )
+        try:
+            record = read_record(store)
+        except StorageError:
+            record = Record(image=secrets.token_hex(16))
+        record = rules.broken(record)
+        for _ in range(2):  # both blocks, as one of them may be what is damaged
+            store.write(record.sequence % 2 * rules.BLOCK, rules.encode(record))
+            record = rules.touched(record)
+    finally:
+        store.close()
+    return before
+
+
+def _store(registry: Drivers, medium: str) -> LeaseStore | None:
+    uri = absolute(medium)
+    return registry.storage(scheme_of(uri)).lease_store(uri, create=False)
+
+
+def uses(home: Home) -> list[Mapping[str, Any]]:
+    """Every drive of every machine that is defined here: machine, its state, port, type, medium, read_only."""
+    rows: list[Mapping[str, Any]] = []
+    for name in home.names():
+        try:
+            config = home.load(name)
+        except ConfigError:
+            continue  # `vmf showvminfo` says what is wrong with it
+        state = "running" if home.process(name) is not None else home.resting_state(name)
+        rows += [
+            {
+                "machine": name,
+                "state": state,
+                "port": drive.port,
+                "type": drive.type,
+                "medium": drive.medium,
+                "read_only": not drive.writable,
+            }
+            for drive in config.drives
+        ]
+    return rows
