@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from attrs import evolve
 
@@ -33,7 +33,7 @@ class Host:
         self.home = Home(directory, directory / "run")
         self.environment = {**os.environ, **(environment or {}), "VMF_HOME": str(directory)}
 
-    def __enter__(self) -> Host:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -125,9 +125,13 @@ class Host:
                 raise MachineError(f"no more {text!r} on the console of {name}: ...{output[-300:]!r}")
             time.sleep(0.02)
 
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs `vmf` on this host; with `environment`."""
+        return [sys.executable, "-m", "vmf.cli", *arguments]
+
     def vmf(self, *arguments: str, timeout: float = 60, **keywords: Any) -> subprocess.CompletedProcess[str]:
         """Run the `vmf` command on this host."""
-        command = [sys.executable, "-m", "vmf.cli", *arguments]
+        command = self.command(*arguments)
         return subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False, **keywords
         )
