@@ -207,7 +207,7 @@ def _refused(error: Exception, mismatch: object) -> Exception:
         )
     if getattr(getattr(error, "server_error", None), "value", "") == "invalid-proof":
         return WrongPassword("the password is wrong.", "Give the password that was set at the target.")
-    return RemoteProtocolError("the source's proof of the password is malformed.")
+    return RemoteProtocolError("the source's proof of the password is malformed, or of another session.")
 
 
 class WrongPassword(AuthenticationError):
