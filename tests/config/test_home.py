@@ -142,12 +142,12 @@ def test_strange_command_names_do_not_confuse_the_start_time(tmp_path: Path) -> 
     child = subprocess.Popen([str(program), "60"])
     try:
         assert not ProcessRecord(child.pid, 0, "").alive()
-        from vmf.machine.home import _boot_id, _start_ticks
+        from vmf.machine.home import boot_id, _start_ticks
 
         ticks = _start_ticks(child.pid)
         assert ticks is not None
         assert ticks > 0
-        assert ProcessRecord(child.pid, ticks, _boot_id()).alive()
+        assert ProcessRecord(child.pid, ticks, boot_id()).alive()
     finally:
         child.kill()
         child.wait()

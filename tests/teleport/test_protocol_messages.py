@@ -35,15 +35,15 @@ SAMPLES: dict[str, m.Message] = {
         1024, 4096, (("pc.uart16550", 1, 0),), 0, False,
     ),
     "checked": m.Checked((Blocker("memory", "4 MiB", "8 MiB", "Do `vmf modifyvm x --memory 4`."),)),
-    "checked-empty": m.Checked(()),
+    "checked-empty": m.Checked((), 2, bytes(range(32))),
     "begin": m.Begin(),
     "bye": m.Bye(),
     "pages": m.Pages(1, RUNS),
     "zeros": m.Zeros(2, RUNS),
-    "round-end": m.RoundEnd(1),
+    "round-end": m.RoundEnd(1, 12288),
     "round-ack": m.RoundAck(1, 12288),
     "paused": m.Paused(),
-    "state": m.State((Payload("vcpu", 1, {"rip": (1 << 64) - 1, "xsave": b"\0" * 8}),), 123456789, True),
+    "state": m.State((Payload("vcpu", 1, {"rip": (1 << 64) - 1, "xsave": b"\0" * 8}),), 123456789, True, 12288),
     "ready": m.Ready(),
     "handover": m.Handover(),
     "running": m.Running(1, 2),
@@ -54,6 +54,10 @@ SAMPLES: dict[str, m.Message] = {
     "error": m.Error("state", "the clock is odd.", "Set it."),
     "inquire": m.Inquire(),
     "capabilities": m.Capabilities("box", "kvm", ((0, 0, 1, 2, 3, 4), (7, 1, 0, 0, 0, 0xFFFFFFFF)), 2_000_000, True),
+    "locate": m.Locate(ID),
+    "located": m.Located("never", "box", "It never came."),
+    "join": m.Join(ID, bytes(range(32))),
+    "joined": m.Joined(),
 }  # fmt: skip
 
 
@@ -101,19 +105,19 @@ def run(n: int, count: int) -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        frame(m.RoundEnd, {}),
-        frame(m.RoundEnd, {"round": 1, "more": 1}),
-        frame(m.RoundEnd, {"round": True}),
-        frame(m.RoundEnd, {"round": -1}),
-        frame(m.RoundEnd, {"round": 1 << 32}),
-        frame(m.RoundEnd, {"round": 1.0}),
-        frame(m.RoundEnd, {"round": "1"}),
-        frame(m.RoundEnd, [1]),
-        frame(m.RoundEnd, b""),
-        frame(m.RoundEnd, cbor2.dumps({"round": 1}) + b"\0"),
-        frame(m.RoundEnd, b"\xa2eround\x01eround\x02"),  # the same key twice
-        frame(m.RoundEnd, b"\xbferound\x01\xff"),  # indefinite
-        frame(m.RoundEnd, b"\xa1eround\x18\x01"),  # not the shortest form
+        frame(m.Ping, {}),
+        frame(m.Ping, {"sent_at": 1, "more": 1}),
+        frame(m.Ping, {"sent_at": True}),
+        frame(m.Ping, {"sent_at": -1}),
+        frame(m.Ping, {"sent_at": 1 << 64}),
+        frame(m.Ping, {"sent_at": 1.0}),
+        frame(m.Ping, {"sent_at": "1"}),
+        frame(m.Ping, [1]),
+        frame(m.Ping, b""),
+        frame(m.Ping, cbor2.dumps({"sent_at": 1}) + b"\0"),
+        frame(m.Ping, b"\xa2gsent_at\x01gsent_at\x02"),  # the same key twice
+        frame(m.Ping, b"\xbfgsent_at\x01\xff"),  # indefinite
+        frame(m.Ping, b"\xa1gsent_at\x18\x01"),  # not the shortest form
         frame(m.Begin, b"\x9b" + b"\xff" * 8),  # 2^64 items
         frame(m.Begin, b"\x7b" + b"\xff" * 8),  # 2^64 characters
         frame(m.Begin, b"\x81" * 500 + b"\x00"),  # deep
@@ -158,7 +162,7 @@ def test_many_runs_are_bounded():
     "message",
     [
         m.Cancel("two\nlines"),
-        m.RoundEnd(-1),
+        m.RoundEnd(-1, 0),
         m.Hello(b"short", (1,), (), "vmf", "x"),
         m.Offer({"pi": 3.14}, 1, 4096, (), 0, False),
         m.Offer({"set": {1}}, 1, 4096, (), 0, False),  # type: ignore[dict-item]
@@ -179,11 +183,7 @@ def test_clean_text():
 # Properties
 
 _plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 64), (1 << 64) - 1)
-    | st.binary(max_size=40)
-    | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers(-(1 << 64), (1 << 64) - 1) | st.binary(max_size=40) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
     max_leaves=20,
 )
@@ -305,7 +305,7 @@ def test_exact_reading_and_bulk():
     data = source.send(m.Pages(1, RUNS))
     assert source.bulk_owed == 3 * 4096
     with pytest.raises(LocalProtocolError, match="were not sent yet"):
-        source.send(m.RoundEnd(1))
+        source.send(m.RoundEnd(1, 0))
     source.bulk_sent(3 * 4096)
     assert target.bytes_wanted() == frames.HEADER_SIZE
     target.receive_data(data[:16])

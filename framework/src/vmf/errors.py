@@ -178,13 +178,15 @@ class TeleportUncertain(TeleportError):
 
     Attributes:
         teleport_id: by which both sides know this teleport, hexadecimal.
+        custodian: in the process where it happened, what resolves it (`vmf.teleport.custodian.SourceCustodian`).
     """
 
     code = "teleport-uncertain"
 
-    def __init__(self, message: str, remedy: str = "", teleport_id: str = "") -> None:
+    def __init__(self, message: str, remedy: str = "", teleport_id: str = "", custodian: Any = None) -> None:
         super().__init__(message, remedy)
         self.teleport_id = teleport_id
+        self.custodian = custodian
 
 
 class LocalProtocolError(TeleportError):

@@ -73,7 +73,7 @@ class ProcessRecord:
 
     def alive(self) -> bool:
         """Whether exactly that process still exists (and is not just waiting to be reaped)."""
-        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.start_ticks
+        return self.boot_id == boot_id() and _start_ticks(self.pid) == self.start_ticks
 
 
 class Home:
@@ -131,7 +131,7 @@ class Home:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _explained(error, self.data / "machines") from error
+            raise explained(error, self.data / "machines") from error
         return sorted(name for name in found if self.paths(name).definition.is_file())
 
     def load(self, name: str) -> MachineConfig:
@@ -189,7 +189,7 @@ class Home:
                     os.replace(paths.definition, kept)
                 shutil.rmtree(paths.runtime, ignore_errors=True)
             except OSError as error:
-                raise _explained(error, paths.definition.parent) from error
+                raise explained(error, paths.definition.parent) from error
             return None if delete else kept
 
     def _refuse_running(self, name: str, action: str) -> None:
@@ -227,7 +227,7 @@ class Home:
                 f"Another vmf command has kept {directory} locked for {LOCK_SECONDS:.0f} seconds.", "Try again."
             ) from None
         except OSError as error:
-            raise _explained(error, directory) from error
+            raise explained(error, directory) from error
         try:
             yield
         finally:
@@ -286,7 +286,7 @@ class Home:
         try:
             descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise _explained(error, paths.lock) from error
+            raise explained(error, paths.lock) from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,7 +300,7 @@ class Home:
             for stale in sockets:
                 stale.unlink(missing_ok=True)
             pid = os.getpid()
-            record = ProcessRecord(pid, _start_ticks(pid) or 0, _boot_id())
+            record = ProcessRecord(pid, _start_ticks(pid) or 0, boot_id())
             write_atomically(paths.pid, json.dumps(attrs.asdict(record)))
             try:
                 yield paths
@@ -328,7 +328,7 @@ def private_directory(path: Path) -> None:
         if stat.S_IMODE(status.st_mode) & 0o077:
             path.chmod(0o700)
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -350,10 +350,11 @@ def write_atomically(path: Path, text: str) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
 
 
-def _explained(error: OSError, path: Path) -> HomeError:
+def explained(error: OSError, path: Path) -> HomeError:
+    """What the system said about a file, for people."""
     place = "Set VMF_HOME to a directory that you can write to."
     remedies = {
         errno.EROFS: ("is on a read-only file system", place),
@@ -371,7 +372,8 @@ def _explained(error: OSError, path: Path) -> HomeError:
     return HomeError(f"{path} {reason}.", remedy)
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Names the time since the host's last start; "" where the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

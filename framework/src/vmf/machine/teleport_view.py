@@ -155,18 +155,18 @@ class TeleportView:
     def undo_stop(self) -> None:
         if self._handed_over:
             raise LocalProtocolError("a machine that was handed over must not go on at the source.")
-        if self._was_running and self._machine.state is MachineState.TELEPORTING:
+        if self._was_running and self._machine.state in (MachineState.TELEPORTING, MachineState.UNCERTAIN):
             self._machine.hardware.run()
 
     def mark_handed_over(self) -> None:
         self._handed_over = True
 
+    def take_back(self) -> None:
+        self._handed_over = False
+
     def mark_teleported(self) -> None:
         self._machine.set_state(MachineState.TELEPORTED)
 
-    # -- the target
-
-    def restore(self, payloads: Sequence[Payload]) -> None:
     # -- both: the leases of the disks (`vmf.teleport.seam.KeepsLeases`)
 
     @property
@@ -179,6 +179,9 @@ class TeleportView:
     def take_leases(self, teleport_id: bytes) -> None:
         self._machine.storage.take_leases(teleport_id.hex())
 
+    # -- the target
+
+    def restore(self, payloads: Sequence[Payload]) -> None:
         self._machine.hardware.restore(payloads)
 
     def resume(self, elapsed_ns: int, running: bool) -> None:

@@ -105,6 +105,7 @@ class TeleportSummary:
         total_ns: the whole teleport.
         throttle: the highest that was needed.
         tracker: name of the dirty tracker (source only).
+        confirmed: the source knows that the machine runs at the target (target only).
     """
 
     teleport_id: str
@@ -121,6 +122,7 @@ class TeleportSummary:
     total_ns: int = 0
     throttle: float = 0.0
     tracker: str = ""
+    confirmed: bool = True
 
 
 ProgressListener = Callable[[ProgressEvent], None]

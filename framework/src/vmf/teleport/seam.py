@@ -16,6 +16,7 @@ from vmf.teleport.check import Blocker
 
 if TYPE_CHECKING:
     from vmf.cpuid.negotiate import Capability
+    from vmf.teleport.journal import Journal
 
 
 class TeleportableMachine(Protocol):
@@ -54,6 +55,9 @@ class TeleportableMachine(Protocol):
     def mark_handed_over(self) -> None:
         """HANDOVER was sent: this machine must not run again on its own."""
 
+    def take_back(self) -> None:
+        """After `mark_handed_over`: it was decided that this machine goes on here; `undo_stop` follows."""
+
     def mark_teleported(self) -> None:
         """The target runs: this machine is done here."""
 
@@ -66,6 +70,14 @@ class TeleportableMachine(Protocol):
 
     def discard_arrival(self) -> None:
         """At the target: forget everything that arrived (RAM too) and be as before, waiting."""
+
+
+@runtime_checkable
+class KeepsJournal(Protocol):
+    """Optional: a machine that writes its teleports down; others forget them with their process."""
+
+    @property
+    def journal(self) -> Journal: ...
 
 
 @runtime_checkable

@@ -5,10 +5,10 @@ round. The order that correctness hangs on:
 
 1. the dirty tracker starts before the touched ranges are read, so no write falls between the two;
 2. the guest is stopped before the last look at the dirty pages;
-3. `machine.mark_handed_over` comes before HANDOVER is on the wire: whatever breaks from there, the source does not
+3. the note "handed over" is written before HANDOVER is on the wire: whatever breaks from there, the source does not
    run the machine again by itself. Until then everything is undone on any failure.
 
-Which of the two a failure is, `Connection.outcome` says (and `_marked`, for the instant between marking and sending).
+What is done with the machine, and in which order, `vmf.teleport.protocol.handover` decides; this module does the deeds.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ from vmf.teleport.authentication import prove
 from vmf.teleport.check import Blocker
 from vmf.teleport.clocks import ClockOffset
 from vmf.teleport.converge import Convergence, Decision, RoundStats
+from vmf.teleport.custodian import SourceCustodian
+from vmf.teleport.journal import Entry, MemoryJournal
+from vmf.teleport.lanes import Lanes, join, links_for
 from vmf.teleport.link import Canceller, Link, explain, farewell, remote_end
 from vmf.teleport.progress import Downtime, ProgressListener, Reporter, TeleportSummary
 from vmf.teleport.protocol import Connection, Phase, Role, SourceOutcome
 from vmf.teleport.protocol import messages as m
+from vmf.teleport.protocol.handover import SOURCE_OWNS, Deed, Note, SourceEvent
 from vmf.teleport.ram import RamSender
-from vmf.teleport.seam import TeleportableMachine, payload_kinds
-from vmf.transport.base import Channel
+from vmf.teleport.seam import KeepsJournal, KeepsLeases, TeleportableMachine, payload_kinds
+from vmf.transport.base import Address, Channel
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +68,9 @@ class SourceOptions:
         check_only: ask the target whether it would take the machine, and move nothing.
         idle_timeout_s: longest silence of the target (which sends keep-alives) or stall of the connection.
         handover_timeout_s: longest wait for RUNNING after HANDOVER; after that the outcome is uncertain.
+        links: additional channels that carry RAM; None for as many as are worth it, on this host and for this machine.
         password: that was set at the target, which then has to show that it knows it; None for none.
+        peer: the target's address as the user gave it, to be asked later; None: what the channel says.
     """
 
     max_downtime_ms: int = 250
@@ -72,7 +78,9 @@ class SourceOptions:
     check_only: bool = False
     idle_timeout_s: float = 30.0
     handover_timeout_s: float = 10.0
+    links: int | None = None
     password: str | None = field(default=None, repr=False)
+    peer: Address | None = None
 
 
 def teleport_source(
@@ -81,19 +89,22 @@ def teleport_source(
     options: SourceOptions | None = None,
     progress: ProgressListener | None = None,
     cancel: threading.Event | None = None,
+    connect: Callable[[], Channel] | None = None,
 ) -> TeleportSummary:
     """Teleport `machine` over a fresh `channel`; returns once it runs at the other side.
 
     With `check_only` it returns when there is no blocker, `outcome` RUNS_HERE. The channel is broken afterwards; the
-    caller closes it. Set `cancel` from any thread to cancel; after the handover that has no effect.
+    caller closes it. Set `cancel` from any thread to cancel; after the handover that has no effect. `connect` makes
+    another channel to the same target; without it only the one is used.
 
     Raises:
         TeleportBlocked: the target (or this side) speaks against it; `blockers` has every reason.
         TeleportCancelled: cancelled here or at the target.
-        TeleportUncertain: HANDOVER was sent, but no answer came. The machine stays stopped here.
+        TeleportUncertain: HANDOVER was sent, but no answer came. The machine stays stopped here, in the hands of the
+            error's `custodian`.
         TeleportError: anything else. In all cases but TeleportUncertain the machine goes on here.
     """
-    return _Source(machine, channel, options or SourceOptions(), progress, cancel).run()
+    return _Source(machine, channel, options or SourceOptions(), progress, cancel, connect).run()
 
 
 class _Source:
@@ -104,22 +115,68 @@ class _Source:
         options: SourceOptions,
         progress: ProgressListener | None,
         cancel: threading.Event | None,
+        connect: Callable[[], Channel] | None,
     ) -> None:
         self._machine = machine
         self._channel = channel
         self._options = options
-        self._link = Link(channel, Connection(Role.SOURCE))
+        self._connect = connect
+        self._lanes: Lanes | None = None
+        self._custodian = SourceCustodian(self._deeds())
+        self._journal = machine.journal if isinstance(machine, KeepsJournal) else MemoryJournal(machine.name)
+        self._link = Link(channel, Connection(Role.SOURCE, self._custodian.may_send))
         self._report = Reporter("source", progress)
         self._clocks = ClockOffset()
         self._teleport_id = secrets.token_bytes(m.ID_SIZE)
         self._inbox: queue.SimpleQueue[tuple[m.Message, int] | None] = queue.SimpleQueue()
         self._remote_error: BaseException | None = None
         self._reader = threading.Thread(target=self._read, name="vmf-teleport-reader", daemon=True)
-        self._canceller = Canceller(cancel, options.timeout_s, now=lambda: self._inbox.put(None), late=channel.shutdown)
+        self._canceller = Canceller(cancel, options.timeout_s, now=lambda: self._inbox.put(None), late=self._break)
         self._tracker: DirtyTracker | None = None
-        self._touched_machine = False
-        self._marked = False  # told to let go: not to be undone any more, even if HANDOVER was not sent yet
+        self._running = False
+        self._t_start = self._t_stopped = 0
         self._throttle = self._highest_throttle = 0.0
+
+    def _break(self) -> None:
+        self._channel.shutdown()
+        if self._lanes is not None:
+            self._lanes.abort()
+
+    # The deeds
+
+    def _deeds(self) -> dict[Deed, Callable[[], None]]:
+        return {
+            Deed.NOTE_OFFERED: self._note_offered,
+            Deed.STOP_GUEST: self._stop_guest,
+            Deed.NOTE_HANDED_OVER: lambda: self._journal.mark(self._teleport_id, Note.HANDED_OVER),
+            Deed.PASS_LEASE: self._pass_lease,
+            Deed.SEND_HANDOVER: self._send_handover,
+            Deed.TAKE_LEASE: self._take_lease,
+            Deed.RUN_GUEST: self._machine.undo_stop,
+            Deed.ERASE_NOTE: lambda: self._journal.erase(self._teleport_id),
+            Deed.NOTE_GONE: lambda: self._journal.mark(self._teleport_id, Note.GONE),
+        }
+
+    def _note_offered(self) -> None:
+        peer = self._options.peer or self._channel.remote
+        self._journal.begin(Entry(self._teleport_id, Role.SOURCE, Note.OFFERED, peer))
+
+    def _stop_guest(self) -> None:
+        self._t_start = time.monotonic_ns()
+        self._running = self._machine.stop()
+        self._t_stopped = time.monotonic_ns()
+
+    def _pass_lease(self) -> None:
+        if isinstance(self._machine, KeepsLeases):
+            self._machine.pass_leases(self._teleport_id)
+
+    def _take_lease(self) -> None:
+        if isinstance(self._machine, KeepsLeases):
+            self._machine.take_leases(self._teleport_id)
+
+    def _send_handover(self) -> None:
+        self._machine.mark_handed_over()
+        self._link.send(m.Handover())
 
     # The conversation
 
@@ -172,16 +229,24 @@ class _Source:
             raise self._failed(error) from (None if isinstance(error, TeleportError) else error)
         finally:
             self._canceller.close()
+            self._close_lanes()
             self._stop_tracker()
         self._link.finish(self._reader, said=True)
         return summary
 
     def _teleport(self) -> TeleportSummary:
         self._shake_hands()
-        if not self._agree():
+        checked = self._agree()
+        if checked is None:
             return self._summary(SourceOutcome.RUNS_HERE)
         for _ in range(CLOCK_SAMPLES):
             self._ping()
+        if self._connect is not None and checked.links:
+            links = join(self._connect, self._machine.memory.pages, self._teleport_id, checked)
+            if links:
+                self._lanes = Lanes(self._link, links)
+                self._lanes.set_timeout(self._options.idle_timeout_s)
+        self._custodian.do(SourceEvent.BEGIN)
         self._link.send(m.Begin())
         sender, rounds, rest = self._precopy()
         return self._stop_and_copy(sender, rounds, rest)
@@ -204,28 +269,38 @@ class _Source:
             lambda kind: self._expect(kind)[0],
         )
 
-    def _agree(self) -> bool:
-        """OFFER and CHECK; False when only the check was wanted. Raises TeleportBlocked."""
+    def _links_wanted(self) -> int:
+        if self._connect is None or self._options.check_only:
+            return 0
+        if self._options.links is not None:
+            return min(self._options.links, m.MAX_LINKS)
+        return links_for(pages.count(self._machine.memory.touched_ranges()) * PAGE_SIZE)
+
+    def _agree(self) -> m.Checked | None:
+        """OFFER and CHECK; None when only the check was wanted. Raises TeleportBlocked."""
         machine, options = self._machine, self._options
         self._report.phase(Phase.CHECK)
         own = list(machine.local_blockers("source"))
+        wanted = self._links_wanted()
         self._link.send(
             m.Offer(
                 description=machine.describe(),
                 ram_pages=machine.memory.pages,
                 page_size=PAGE_SIZE,
                 payloads=payload_kinds(machine),
-                links=0,
+                links=wanted,
                 check_only=options.check_only,
             )
         )
         checked, _ = self._expect(m.Checked)
+        if checked.links > wanted or bool(checked.links) != bool(checked.token):
+            raise RemoteProtocolError("the target grants other channels than it was asked for.")
         blockers = (*own, *checked.blockers)
         if blockers or options.check_only:
             self._link.send(m.Bye())
         if blockers:
             raise TeleportBlocked(*describe_blockers(machine.name, str(self._channel.remote), blockers), blockers)
-        return not options.check_only
+        return None if options.check_only else checked
 
     def _ping(self) -> None:
         self._link.send(m.Ping(time.monotonic_ns()))
@@ -240,7 +315,7 @@ class _Source:
         tracker.start()
         looked = time.monotonic_ns()
         runs = machine.memory.touched_ranges()
-        sender = RamSender(machine.memory, link, tracker)
+        sender = RamSender(machine.memory, link, tracker, self._lanes)
         counters = sender.counters
         number = 0
         while True:
@@ -251,7 +326,7 @@ class _Source:
             def after_batch(remaining: int, began: int = began, before: int = before) -> None:
                 self._look_around()
                 # What the peer's host has not acknowledged may still sit in a buffer here: it did not move yet.
-                moved = counters.sent_bytes - min(counters.sent_bytes, self._channel.unsent_bytes())
+                moved = counters.sent_bytes - min(counters.sent_bytes, self._unsent_bytes())
                 rate = max(0, moved - before) / max(1, time.monotonic_ns() - began) * 1e9
                 bandwidth = convergence.bandwidth or rate or None
                 report.update(
@@ -265,7 +340,7 @@ class _Source:
                 )  # fmt: skip
 
             sender.send_round(number, runs, stopped=False, after_batch=after_batch)
-            link.send(m.RoundEnd(number))
+            link.send(m.RoundEnd(number, counters.sent_bytes))
             ack, at = self._expect(m.RoundAck)
             if ack.round != number or ack.received != counters.sent_bytes:
                 raise RemoteProtocolError("the target did not receive what was sent in this round.")
@@ -302,10 +377,8 @@ class _Source:
         assert tracker is not None
         self._report.phase(Phase.PAUSE)
         pages_before = counters.pages
-        t_start = time.monotonic_ns()
-        self._touched_machine = True
-        running = machine.stop()
-        t_stopped = time.monotonic_ns()
+        self._custodian.do(SourceEvent.PAUSE)
+        t_start, t_stopped, running = self._t_start, self._t_stopped, self._running
         link.send(m.Paused())
         rest = pages.union(rest, tracker.collect())
         t_scanned = time.monotonic_ns()
@@ -314,21 +387,22 @@ class _Source:
         payloads = tuple(machine.save())
         t_saved = time.monotonic_ns()
         offset, error = self._clocks.best(t_saved)
-        link.send(m.State(payloads, max(0, t_stopped + offset), running))
+        link.send(m.State(payloads, max(0, t_stopped + offset), running, counters.sent_bytes))
         _, t_ready = self._expect(m.Ready)
         if self._remote_error is not None:
             raise self._remote_error
         self._canceller.commit()
-        self._marked = True
-        machine.mark_handed_over()
-        link.send(m.Handover())
+        self._custodian.do(SourceEvent.READY)
         answer, _ = self._expect(m.Running, self._options.handover_timeout_s)
+        noted = self._custodian.feed(SourceEvent.RUNNING)
         # It runs there. What follows has time, and cannot fail the teleport any more.
         try:
             machine.mark_teleported()
         except Exception:
             log.exception("machine %s runs at the target, but could not be marked so here", machine.name)
         link.try_send(m.Done())
+        if noted is not None:
+            log.error("machine %s runs at the target, but that could not be noted here: %s", machine.name, noted)
         received, resumed = answer.received_at - offset, answer.resumed_at - offset
         handover = max(0, received - t_ready)
         downtime = Downtime(
@@ -367,7 +441,15 @@ class _Source:
             **values,
         )
 
+    def _unsent_bytes(self) -> int:
+        return self._channel.unsent_bytes() if self._lanes is None else self._lanes.unsent_bytes()
+
     # Failure
+
+    def _close_lanes(self) -> None:
+        lanes, self._lanes = self._lanes, None
+        if lanes is not None:
+            lanes.close()
 
     def _stop_tracker(self) -> None:
         tracker, self._tracker = self._tracker, None
@@ -388,8 +470,6 @@ class _Source:
     def _undo(self) -> None:
         """The machine goes on here. Each step is tried, whatever became of the others."""
         steps: list[tuple[str, Callable[[], None]]] = []
-        if self._touched_machine:
-            steps.append(("resume the machine", self._machine.undo_stop))
         if self._throttle:
             steps.append(("end the throttling", lambda: self._machine.set_throttle(0.0)))
         for what, step in (*steps, ("end dirty tracking", self._stop_tracker)):
@@ -401,8 +481,12 @@ class _Source:
     def _failed(self, error: BaseException) -> BaseException:
         """Undo everything, or, after the handover, say that it cannot be undone. Returns what to raise."""
         phase = self._link.phase
-        if self._link.connection.outcome is SourceOutcome.RUNS_HERE and not self._marked:
-            self._undo()  # the guest first; the other side can wait
+        undone = self._custodian.feed(SourceEvent.LOST)  # the guest first; the other side can wait
+        if undone is not None:
+            log.error("after a failed teleport of machine %s", self._machine.name, exc_info=undone)
+        self._close_lanes()
+        if self._custodian.state in SOURCE_OWNS:
+            self._undo()
             error = self._root_cause(error)
             said = self._link.phase is Phase.CHECK_DONE or self._link.try_send(farewell(error))
             self._link.finish(self._reader if self._reader.ident else None, said=said)
@@ -417,8 +501,10 @@ class _Source:
         return TeleportUncertain(
             f"machine {name} was handed over to {remote}, but the target did not confirm that it runs "
             f"({m.clean_text(error).rstrip('.')}). It stays stopped here, as it may run there.",
-            f"Look whether it runs at the target (`vmf showvminfo {name}` there) before you let it go on anywhere.",
+            f"Ask the target with `vmf controlvm {name} teleport --status`, then decide with "
+            f"`vmf controlvm {name} teleport --resolve resume|discard`.",
             self._teleport_id.hex(),
+            self._custodian,
         )
 
 

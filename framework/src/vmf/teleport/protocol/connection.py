@@ -16,6 +16,7 @@ The only error that received bytes can cause is RemoteProtocolError, and after i
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Final, Literal
 
 from vmf.errors import LocalProtocolError, RemoteProtocolError
@@ -44,8 +45,10 @@ class Connection:
     bulk_owed: raw bytes that must be sent before the next frame.
     """
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, may_send: Callable[[type[m.Message]], bool] | None = None) -> None:
+        """`may_send`: what this side's custody of the machine allows, see `vmf.teleport.protocol.handover`."""
         self.role = role
+        self._may_send = may_send or (lambda kind: True)
         self.phase = Phase.HELLO
         self.bulk_pending = 0
         self.bulk_owed = 0
@@ -64,6 +67,10 @@ class Connection:
     def outcome(self) -> SourceOutcome:
         """What this source knows about the machine."""
         return SOURCE_OUTCOME[self.phase]
+
+    def join(self, ram_pages: int) -> None:
+        """This is an additional channel of a teleport of so much RAM, whose OFFER was on the first one."""
+        self._ram_pages = ram_pages
 
     # Receiving
 
@@ -157,7 +164,8 @@ class Connection:
 
     def can_send(self, kind: type[m.Message]) -> bool:
         """Whether `send` of such a message is legal now."""
-        return not self.bulk_owed and (self.phase, self.role, kind) in TABLE and self._exists(kind)
+        legal = (self.phase, self.role, kind) in TABLE and self._exists(kind)
+        return legal and not self.bulk_owed and self._may_send(kind)
 
     def send(self, message: m.Message) -> bytes:
         """The bytes of a message; the phase moves at once, before they are on the wire."""
@@ -167,6 +175,8 @@ class Connection:
             raise LocalProtocolError(f"the {self.role.value} cannot send {kind.word()} in phase {self.phase.name}.")
         if not self._exists(kind):
             raise LocalProtocolError(f"cannot send {kind.word()}: the target has no feature {kind.FEATURE}.")
+        if not self._may_send(kind):
+            raise LocalProtocolError(f"the {self.role.value} must not send {kind.word()} now.")
         if self.bulk_owed:
             raise LocalProtocolError(f"cannot send {kind.word()}: {self.bulk_owed} bytes of pages were not sent yet.")
         if isinstance(message, m.Welcome):

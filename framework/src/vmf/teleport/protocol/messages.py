@@ -26,7 +26,9 @@ PROTOCOL_VERSIONS = (1,)
 """What this program speaks, best first."""
 CAPABILITIES = "capabilities"
 """Feature: instead of offering a machine the source may ask what the target's CPU backend can present (INQUIRE)."""
-FEATURES: tuple[str, ...] = (CAPABILITIES,)
+WHEREABOUTS = "whereabouts"
+"""Feature: instead of offering a machine the source may ask what became of an earlier teleport (LOCATE)."""
+FEATURES: tuple[str, ...] = (CAPABILITIES, WHEREABOUTS)
 """Optional behaviour this program knows."""
 PAGE_SIZE = 4096
 ID_SIZE = 16
@@ -34,6 +36,9 @@ MAX_TEXT = 1000
 MAX_BLOCKERS = 256
 MAX_PAYLOADS = 256
 MAX_CPUID_ROWS = 512
+MAX_LINKS = 8
+"""Additional channels of one teleport."""
+TOKEN_SIZE = 32
 
 _KIB = 1 << 10
 Parse = Callable[[Any], Any]
@@ -143,9 +148,9 @@ def _format_rows(value: Any) -> Any:
     return [list(row) for row in value]
 
 
-def wire(parse: Parse, format_: Parse = _plain) -> Any:
-    """A field that crosses the wire."""
-    return field(metadata={"parse": parse, "format": format_})
+def wire(parse: Parse, format_: Parse = _plain, default: Any = attrs.NOTHING) -> Any:
+    """A field that crosses the wire; the default is one for our own code, on the wire every field is there."""
+    return field(default=default, metadata={"parse": parse, "format": format_})
 
 
 @frozen
@@ -226,7 +231,7 @@ class Authenticated(Message):
 @frozen
 class Offer(Message):
     """Source: the machine. `payloads` lists (kind, version, instance) of the state that will come; `links` counts the
-    additional channels asked for (0 in version 1); `check_only`: nothing is going to be moved."""
+    additional channels for RAM that it asks for; `check_only`: nothing is going to be moved."""
 
     TYPE = 6
     LIMIT = 1024 * _KIB
@@ -234,17 +239,20 @@ class Offer(Message):
     ram_pages: int = wire(_number(32, 1, MAX_RAM_PAGES))
     page_size: int = wire(_number(32, PAGE_SIZE, PAGE_SIZE))
     payloads: tuple[tuple[str, int, int], ...] = wire(_many(_parse_kind, MAX_PAYLOADS), _format_kinds)
-    links: int = wire(_number(8))
+    links: int = wire(_number(8, 0, MAX_LINKS))
     check_only: bool = wire(_flag)
 
 
 @frozen
 class Checked(Message):
-    """Target: everything that speaks against it, all at once; empty: come."""
+    """Target: everything that speaks against it, all at once; empty: come, with up to `links` additional channels,
+    each of which says JOIN with the `token` (secret, random, of this teleport only) before BEGIN is sent."""
 
     TYPE = 7
     LIMIT = 1024 * _KIB
     blockers: tuple[Blocker, ...] = wire(_many(_parse_blocker, MAX_BLOCKERS), _format_blockers)
+    links: int = wire(_number(8, 0, MAX_LINKS), default=0)
+    token: bytes = wire(_blob(0, TOKEN_SIZE), default=b"")
 
 
 @frozen
@@ -287,10 +295,11 @@ class Zeros(Message):
 
 @frozen
 class RoundEnd(Message):
-    """Source: all pages of this round were sent."""
+    """Source: all pages of this round were sent. `sent`: raw bytes of this teleport so far, on all channels."""
 
     TYPE = 12
     round: int = wire(_number(32))
+    sent: int = wire(_number(64))
 
 
 @frozen
@@ -312,13 +321,15 @@ class Paused(Message):
 @frozen
 class State(Message):
     """Source: vCPU, clock and devices. `stopped_at` is when the guest's clock stood still, ns of the *target's*
-    CLOCK_MONOTONIC as the source estimates it (0: unknown); `running`: False when its user had paused the machine."""
+    CLOCK_MONOTONIC as the source estimates it (0: unknown); `running`: False when its user had paused the machine;
+    `sent`: all raw bytes of this teleport, on all channels."""
 
     TYPE = 15
     LIMIT = 8192 * _KIB
     payloads: tuple[Payload, ...] = wire(_many(_parse_payload, MAX_PAYLOADS), _format_payloads)
     stopped_at: int = wire(_number(64))
     running: bool = wire(_flag)
+    sent: int = wire(_number(64), default=0)
 
 
 @frozen
@@ -411,10 +422,48 @@ class Capabilities(Message):
     tsc_scaling: bool = wire(_flag)
 
 
+@frozen
+class Locate(Message):
+    """Source, with the feature `whereabouts`: what became of this teleport of mine, whose end I did not hear?"""
+
+    TYPE = 26
+    FEATURE = WHEREABOUTS
+    teleport_id: bytes = wire(_blob(ID_SIZE, ID_SIZE))
+
+
+@frozen
+class Located(Message):
+    """Target: `answer` is a value of `vmf.teleport.protocol.handover.Answer`; after "never" the teleport cannot arrive
+    any more. `machine` and `detail` are for people."""
+
+    TYPE = 27
+    FEATURE = WHEREABOUTS
+    LIMIT = 8 * _KIB
+    answer: str = wire(_text(16))
+    machine: str = wire(_text(255))
+    detail: str = wire(_text())
+
+
+@frozen
+class Join(Message):
+    """Source, on an additional channel: it belongs to this teleport, as `token` of its CHECKED shows."""
+
+    TYPE = 28
+    teleport_id: bytes = wire(_blob(ID_SIZE, ID_SIZE))
+    token: bytes = wire(_blob(TOKEN_SIZE, TOKEN_SIZE))
+
+
+@frozen
+class Joined(Message):
+    """Target, on an additional channel: pages may come this way, too."""
+
+    TYPE = 29
+
+
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Authenticate, Challenge, Authenticated, Offer, Checked, Begin, Bye, Pages, Zeros, RoundEnd,
     RoundAck, Paused, State, Ready, Handover, Running, Done, Ping, Pong, Cancel, Error,
-    Inquire, Capabilities,
+    Inquire, Capabilities, Locate, Located, Join, Joined,
 )  # fmt: skip
 BY_TYPE = {message.TYPE: message for message in MESSAGES}
 LIMITS = {message.TYPE: message.LIMIT for message in MESSAGES}

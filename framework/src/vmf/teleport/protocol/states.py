@@ -11,9 +11,12 @@ the feature.
 Who runs follows from the phase alone (`SOURCE_OUTCOME`, `TARGET_RUNS`):
 
 - The source may run the machine until it has *sent* HANDOVER, in whatever way the session ends before that.
-- The target runs it from the moment it has *received* HANDOVER.
+- The target may run it from the moment it has *received* HANDOVER.
 - From READY on the target has no way to say no; so whatever the source hears (or does not hear) after HANDOVER can
   only be RUNNING or nothing. Nothing means UNCERTAIN: it may run there, so it must not run here.
+
+What each side does with the machine in these phases, and how an uncertain source finds out, is
+`vmf.teleport.protocol.handover`.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class Phase(enum.Enum):
     OFFER = "offer"
     INQUIRE = "inquire"
     INQUIRED = "inquired"
+    LOCATE = "locate"
+    LOCATED = "located"
     CHECK = "check"
     CHECKED = "checked"
     PRECOPY = "precopy"
@@ -54,6 +59,9 @@ class Phase(enum.Enum):
     READY = "ready"
     HANDOVER = "handover"
     RUNNING = "running"
+    # Of an additional channel.
+    JOINING = "joining"
+    LINK = "link"
     # Final phases.
     DONE = "done"
     CHECK_DONE = "check-done"
@@ -84,6 +92,9 @@ _CONVERSATION: tuple[tuple[Phase, Role, type[m.Message], Phase], ...] = (
     (P.OFFER,          SOURCE, m.Inquire,       P.INQUIRE),
     (P.INQUIRE,        TARGET, m.Capabilities,  P.INQUIRED),
     (P.INQUIRED,       SOURCE, m.Bye,           P.CHECK_DONE),
+    (P.OFFER,          SOURCE, m.Locate,        P.LOCATE),
+    (P.LOCATE,         TARGET, m.Located,       P.LOCATED),
+    (P.LOCATED,        SOURCE, m.Bye,           P.CHECK_DONE),
     (P.OFFER,          SOURCE, m.Offer,         P.CHECK),
     (P.CHECK,          TARGET, m.Checked,       P.CHECKED),
     (P.CHECKED,        SOURCE, m.Bye,           P.CHECK_DONE),
@@ -100,11 +111,16 @@ _CONVERSATION: tuple[tuple[Phase, Role, type[m.Message], Phase], ...] = (
     (P.READY,          SOURCE, m.Handover,      P.HANDOVER),
     (P.HANDOVER,       TARGET, m.Running,       P.RUNNING),
     (P.RUNNING,        SOURCE, m.Done,          P.DONE),
+    # An additional channel carries pages only. It decides nothing: what came over it is counted, and a teleport some
+    # of whose bytes did not arrive fails.
+    (P.HELLO,          SOURCE, m.Join,          P.JOINING),
+    (P.JOINING,        TARGET, m.Joined,        P.LINK),
+    (P.LINK,           SOURCE, m.Pages,         P.LINK),
 )  # fmt: skip
 
 BEFORE_READY = (
-    P.HELLO, P.WELCOME, P.AUTHENTICATE, P.AUTHENTICATING, P.OFFER, P.INQUIRE, P.INQUIRED, P.CHECK, P.CHECKED,
-    P.PRECOPY, P.ROUND, P.PAUSE, P.RESTORE,
+    P.HELLO, P.JOINING, P.LINK, P.WELCOME, P.AUTHENTICATE, P.AUTHENTICATING, P.OFFER, P.INQUIRE, P.INQUIRED,
+    P.LOCATE, P.LOCATED, P.CHECK, P.CHECKED, P.PRECOPY, P.ROUND, P.PAUSE, P.RESTORE,
 )  # fmt: skip
 """Both sides may end the session with CANCEL or ERROR."""
 TALKING = (
@@ -142,7 +158,6 @@ def _build() -> dict[tuple[Phase, Role, Event], Phase]:
 
 TABLE = _build()
 """(phase, who says or notices it, what) -> next phase. Whatever is not here is illegal."""
-
 
 class SourceOutcome(enum.Enum):
     """What became of the machine, as the source knows it."""
@@ -222,7 +237,7 @@ def render_table() -> str:
     lines += [
         f"| {phase.name} | {who.value} | lost | {to.name} |"
         for (phase, who, event), to in TABLE.items()
-        if event is LOST and phase not in BEFORE_READY and phase is not P.READY
+        if event is LOST and phase not in (*BEFORE_READY, P.READY)
     ]
     lines += [f"| {TALKING[0].name} … {TALKING[-1].name} | either | PING, PONG | (stays) |"]
     return "\n".join(lines)
