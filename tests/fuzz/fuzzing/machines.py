@@ -22,9 +22,15 @@ from vmf.testing.guests import builtin_guest
 @functools.cache
 def _machine() -> Machine:
     """Paused after some of its guest has run."""
-    machine = Machine(
-        MachineConfig(name="fuzz", memory_mib=16, image=builtin_guest(), cpu_backend="unicorn"), PluginRegistry()
+    config = MachineConfig(
+        name="fuzz",
+        memory_mib=16,
+        image=builtin_guest(),
+        cpu_backend="unicorn",
+        devices=("pc", "virtio"),
+        device_options={"virtio": {"console": True}},
     )
+    machine = Machine(config, PluginRegistry())
     machine.start()
     machine.pause()
     return machine

@@ -13,4 +13,14 @@ REGRESSIONS: tuple[tuple[str, str, str], ...] = (
         "290e150010000300280015030000",
         "the first byte of a TLS alert was refused as no protocol at all, and not as TLS",
     ),
+    (
+        "vcpu",
+        "0001010000000258020000" + "55" * 600,
+        "an error about a vCPU's state repeated all of a wrong value, megabytes if it was that long",
+    ),
+    (
+        "certificates",
+        "02030100020104" + "4243" * 3,
+        "a certificate with a damaged extension was a traceback and no sentence",
+    ),
 )

@@ -75,7 +75,9 @@ def from_plain(body: object) -> VcpuState:
             **{name: body[name] for name in _PLAIN_FIELDS},
         )
     except (TypeError, ValueError) as error:
-        raise StateError(f"vCPU state: {error}.") from error
+        # The first argument alone: attrs adds the whole definition of the field to it, and the value.
+        reason = str(error.args[0] if error.args else error).rstrip(".")
+        raise StateError(f"vCPU state: {reason:.200}.") from error
 
 
 def _segment_row(segment: Segment) -> list[int]:

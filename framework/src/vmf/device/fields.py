@@ -85,7 +85,7 @@ def _fields(body: Mapping[Any, object], schema: Schema) -> dict[str, Any]:
         raise ValueError(f"the field {missing[0]!r}, which is missing")
     extra = [name for name in body if name not in schema]
     if extra:
-        raise ValueError(f"no field {extra[0]!r}")
+        raise ValueError(f"no field {extra[0]!r:.80}")
     values = {}
     for name, check in schema.items():
         try:
