@@ -391,9 +391,12 @@ class Machine:
 
     def power_off(self) -> None:
         """Pull the plug; a teleport or trace under way is cancelled first."""
+        waited = self._state is _S.TELEPORTING_IN
         self.cancel_teleport(wait=True)
         self.cancel_trace(wait=True, reason="the machine was powered off")
         with self.operation:
+            if waited and self._state is _S.POWERED_OFF:
+                return  # that was all: it waited for a teleport
             if self._state in (_S.POWERED_OFF, _S.STOPPING):
                 raise self.illegal("powered off", "running or paused")
             if self._state is not _S.TELEPORTING_IN:
@@ -406,21 +409,18 @@ class Machine:
         hardware, self._hardware, self.contract_origin = self._hardware, None, None
         if hardware is not None:
             hardware.close()
-
-    def close(self) -> None:
-        """End it, whatever it does; idempotent."""
         storage, self._storage = self._storage, None
         if storage is not None:  # after the devices, which may have written until now
             storage.close()
+
+    def close(self) -> None:
+        """End it, whatever it does; idempotent."""
         try:
             if self._state is not _S.POWERED_OFF:
                 self.power_off()
-        waited = self._state is _S.TELEPORTING_IN
         except InvalidStateError:
             self.scrap()
 
-            if waited and self._state is _S.POWERED_OFF:
-                return  # that was all: it waited for a teleport
     # -- another CPU backend, and watching the guest
 
     def switch_backend(self, name: str) -> SwitchSummary:

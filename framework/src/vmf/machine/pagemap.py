@@ -152,7 +152,7 @@ def scan_works() -> bool:
     pagemap = PageMap()
     try:
         found = pagemap.scan(start, 0, 1, mask=ZERO_FRAME, inverted=ZERO_FRAME, any_of=PRESENT | SWAPPED)
-        return found.tolist() == [[0, 1]]
+        return bool(found.tolist() == [[0, 1]])
     except OSError:
         return False
     finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vmf.errors import ConfigError, TeleportBlocked, TeleportUncertain
 from vmf.machine.states import MachineState
 from vmf.machine.teleport_view import TeleportView
-from vmf.transport.base import Address, Listener, Transport
+from vmf.transport.base import Address, Channel, Listener, Transport
 
 if TYPE_CHECKING:
     from vmf.machine.machine import Machine
@@ -103,13 +103,16 @@ class Teleporter:
             self._done.clear()
             machine.set_state(going_on[before])
         try:
-            channel = machine.registry.transport(address.scheme).connect(
-                address, CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
-            )
+            patience = CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
+
+            def connect() -> Channel:
+                return machine.registry.transport(address.scheme).connect(address, patience)
+
+            channel = connect()
             try:
                 options = SourceOptions(max_downtime_ms=max_downtime_ms, timeout_s=timeout_s, password=password)
                 listener = self._observed(progress, "source")
-                machine.summary = teleport_source(TeleportView(machine), channel, options, listener, cancel)
+                machine.summary = teleport_source(TeleportView(machine), channel, options, listener, cancel, connect)
             finally:
                 channel.close()
             return machine.summary
@@ -194,10 +197,10 @@ class Teleporter:
         finally:
             self.listener = None
             listener.close()
-            self._cancel = None
             # Before `_done`: whoever waits for that finds a machine that is powered off, and takes nothing apart twice.
             with machine.operation:
                 if machine.state is _S.TELEPORTING_IN:
                     machine.scrap()
                     machine.set_state(_S.POWERED_OFF)
+            self._cancel = None
             self._done.set()

@@ -13,11 +13,15 @@ what was sent, so with such a one a batch is first copied by the tracker, and ju
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from attrs import define
 
+from vmf.errors import RemoteProtocolError, TeleportError
 from vmf.machine import pages
 from vmf.machine.dirty import DirtyTracker, PageRuns
 from vmf.machine.memory import PAGE_SIZE, GuestMemory
@@ -29,6 +33,20 @@ BATCH_BYTES = 8 << 20
 """Raw data in one PAGES message."""
 _GIVEN_BACK_PAGES = 16
 """Runs of zeros at least this long are given back to the host, shorter ones overwritten."""
+
+
+SHORT_S = 1.0
+"""How long bytes may be missing after a channel that carried some has ended."""
+
+
+class Bulk(Protocol):
+    """Several channels for pages; see `vmf.teleport.lanes`."""
+
+    def send_pages(self, round_: int, runs: PageRuns, base: memoryview, ranges: pages.ByteRanges) -> None:
+        """Send the pages `runs`, whose contents lie at the byte `ranges` of `base`, before `drain` returns."""
+
+    def drain(self) -> None:
+        """Everything was sent."""
 
 
 @define
@@ -48,9 +66,11 @@ class RamCounters:
 class RamSender:
     """The source's side."""
 
-    def __init__(self, memory: GuestMemory, link: Link, tracker: DirtyTracker) -> None:
+    def __init__(self, memory: GuestMemory, link: Link, tracker: DirtyTracker, bulk: Bulk | None = None) -> None:
+        """`bulk`: where pages go that need no copy; None: to `link` like everything else."""
         self._memory = memory
         self._link = link
+        self._bulk = bulk
         self._tracker = tracker
         self._staging: memoryview | None = None
         self._there = np.zeros(memory.pages, dtype=bool)
@@ -80,6 +100,8 @@ class RamSender:
             remaining -= size
             if after_batch is not None:
                 after_batch(remaining)
+        if self._bulk is not None:
+            self._bulk.drain()
         if zeros:
             every = pages.merge(np.concatenate(zeros))
             for start in range(0, len(every), MAX_RUNS):
@@ -98,7 +120,7 @@ class RamSender:
         buffer = self._memory.buffer
         data, zero = pages.split_zero(buffer, batch)
         if len(data):
-            self._link.send_pages(number, data, buffer, pages.to_byte_ranges(data))
+            (self._bulk or self._link).send_pages(number, data, buffer, pages.to_byte_ranges(data))
             self._there[pages.to_numbers(data).astype(np.intp)] = True
         return pages.count(data), zero
 
@@ -115,24 +137,81 @@ class RamSender:
         return pages.count(data), pages.from_numbers(numbers[pages.to_numbers(zero)])
 
 
+class Arrival:
+    """Counts what has come, over all channels, so that the end of a round can be waited for. Any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._short: BaseException | None = None
+        self.bytes = 0
+
+    def add(self, count: int) -> None:
+        with self._changed:
+            self.bytes += count
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """One of the channels failed."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def short_of(self, error: BaseException) -> None:
+        """One of the channels ended: an error if something is missing."""
+        with self._changed:
+            self._short = self._short or error
+            self._changed.notify_all()
+
+    def wait(self, total: int, patience_s: float) -> None:
+        """Until `total` bytes have come. Raises what failed, or TeleportError when nothing came for `patience_s`."""
+        with self._changed:
+            seen, since = self.bytes, time.monotonic()
+            while self.bytes != total:
+                if self._failure is not None:
+                    raise self._failure
+                if self.bytes > total:
+                    raise RemoteProtocolError("the source sent more pages than it says.")
+                if self.bytes != seen:
+                    seen, since = self.bytes, time.monotonic()
+                waited = time.monotonic() - since
+                if self._short is not None and waited > SHORT_S:
+                    raise self._short
+                if waited > patience_s:
+                    raise TeleportError(f"{total - seen} bytes of pages that the source has sent did not arrive.")
+                self._changed.wait(min(SHORT_S, patience_s) / 2)
+
+
 class RamReceiver:
-    """The target's side."""
+    """The target's side. `place` may be called by several threads, each for a channel of its own.
 
-    def __init__(self, memory: GuestMemory, link: Link) -> None:
+    Attributes:
+        round: of the pages that are to come; pages of another are refused.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._link = link
-        self.counters = RamCounters()
+        self.arrival = Arrival()
+        self.round = 1
+        self.zero_pages = 0
 
-    def place(self, message: m.Pages) -> None:
+    @property
+    def counters(self) -> RamCounters:
+        received = self.arrival.bytes
+        return RamCounters(received, received // PAGE_SIZE, self.zero_pages)
+
+    def place(self, message: m.Pages, link: Link) -> None:
+        """Receive the contents from that channel into RAM."""
+        if message.round != self.round:
+            raise RemoteProtocolError(f"the source sent pages of round {message.round} in round {self.round}.")
         size = message.bulk
-        self._link.channel.recv_ranges(self._memory.buffer, pages.to_byte_ranges(unpack_runs(message.runs)))
-        self._link.bulk_received(size)
-        self.counters.sent_bytes += size
-        self.counters.pages += size // PAGE_SIZE
+        link.channel.recv_ranges(self._memory.buffer, pages.to_byte_ranges(unpack_runs(message.runs)))
+        link.bulk_received(size)
+        self.arrival.add(size)
 
     def clear(self, message: m.Zeros) -> None:
         runs = unpack_runs(message.runs)
-        self.counters.zero_pages += pages.count(runs)
+        self.zero_pages += pages.count(runs)
         long = runs[:, 1] - runs[:, 0] >= _GIVEN_BACK_PAGES
         for first, end in runs[long].tolist():
             self._memory.give_back(first, end)
