@@ -92,7 +92,7 @@ def teleport_vmf(case: Case, runs: int) -> list[Result]:
             time.sleep(SETTLE_SECONDS)
             port = target.wait("bench")
             warm_host_memory(case.warm_mib)
-            watches = [MemoryWatch(host.pid("bench") or 0) for host in (source, target)]
+            watches = [MemoryWatch(host.pid("bench") or 0, case.memory_mib) for host in (source, target)]
             with source.client("bench") as client:
                 started = time.monotonic()
                 summary = client.teleport("127.0.0.1", port, max_downtime_ms=MAX_DOWNTIME_MS)
