@@ -85,6 +85,10 @@ class Lease:
         try:
             record = self._read()
             self._hold(rules.claim(record, self._me, excludes=self.store.excludes, since=int(time.time())))
+            if not self.store.excludes:
+                # Another machine may have read the same record before we wrote ours; it has written by now.
+                time.sleep(CHECK_EVERY_S)
+                self.fence()
         except BaseException:
             self.store.unlock()
             raise
