@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +39,9 @@ class Qemu:
         *,
         machine: str = "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=on",
         incoming: bool = False,
+        extra: Sequence[str] = (),
     ) -> None:
+        """`extra`: more of the command line, disks say."""
         assert PROGRAM is not None
         ours, theirs = socket.socketpair()
         self._directory = tempfile.TemporaryDirectory(prefix="vmf-peer-")
@@ -51,6 +54,7 @@ class Qemu:
             *("-chardev", f"file,id=serial,path={self._log}", "-serial", "chardev:serial"),
             *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"),
         ]
+        command += extra
         if incoming:
             command += ["-incoming", "defer"]
         self.started = time.monotonic()

@@ -123,7 +123,7 @@ def test_the_cache_is_used_and_fetched_only_once(empty_cache: Path, monkeypatch:
         make_deb(folder / "p.deb", "xz")
         return folder / "p.deb"
 
-    monkeypatch.setattr(guests, "_download", download)
+    monkeypatch.setattr(guests, "download", download)
     first = guests.debian_kernel.__wrapped__().require()
     assert first.read_bytes() == b"kernel" * 9
     assert first.is_relative_to(empty_cache / "cache")

@@ -36,6 +36,13 @@ class StorageImage(ABC):
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the writable buffers, one after the other, from image offset `offset` (bytes)."""
 
+    def readv_at_once(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        """`readv` where that needs no waiting: False when it does, with parts of the buffers perhaps filled.
+
+        Called on the vCPU thread; it saves two changes of threads for what lies in the host's page cache.
+        """
+        return False
+
     @abstractmethod
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write the buffers, one after the other, at `offset`. After an error any part may have been written."""

@@ -99,6 +99,10 @@ class Drive:
         """Fill the buffers, one after the other, from `offset` (bytes). Raises StorageError."""
         self._opened().readv(offset, buffers)
 
+    def readv_at_once(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        """Read if that needs no waiting; False when it does, with parts of the buffers perhaps filled."""
+        return self._opened().readv_at_once(offset, buffers)
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write the buffers at `offset` (bytes). Raises StorageError; LeaseLost when another machine has the image."""
         self._writable().writev(offset, buffers)

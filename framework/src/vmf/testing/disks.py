@@ -120,6 +120,12 @@ def disk_guest(command: str, files: Mapping[str, bytes] | None = None) -> LinuxG
     return _guest(DISK_INIT.format(command=command), files)
 
 
+def diskcheck_guest(arguments: str) -> LinuxGuest:
+    """`disk_guest` that runs the disk checker, see `guest/diskcheck.c` for its arguments. Raises FileNotFoundError."""
+    program = guests.compiled("diskcheck").require().read_bytes()
+    return disk_guest(f"/bin/diskcheck {arguments}", {"bin/diskcheck": program})
+
+
 def root_guest(program: str = "/sbin/init", options: str = "") -> LinuxGuest:
     """Goes on with `program` in the root file system on the first disk. Raises FileNotFoundError.
 

@@ -255,18 +255,24 @@ def busybox() -> Found:
 @functools.cache
 def selfcheck() -> Found:
     """The self-checking guest program (`guest/selfcheck.c`), compiled statically, again when it changes."""
-    source = _HERE / "selfcheck.c"
+    return compiled("selfcheck")
+
+
+@functools.cache
+def compiled(program: str) -> Found:
+    """One of the C programs in `guest/`, compiled statically, again when it changes."""
+    source = _HERE / f"{program}.c"
     digest = hashlib.sha256(source.read_bytes() + " ".join(_COMPILE).encode()).hexdigest()[:16]
     try:
-        with locked(f"selfcheck-{digest}") as target:
+        with locked(f"{program}-{digest}") as target:
             if not target.is_file():
                 with tempfile.TemporaryDirectory(prefix="vmf-cc-") as folder:
-                    built = Path(folder) / "selfcheck"
+                    built = Path(folder) / program
                     run(["gcc", *_COMPILE, "-o", str(built), str(source), "-lm"], Path(folder))
                     place(target, built.read_bytes())
             return Found(target)
     except Unavailable as error:
-        return Found(None, f"no self-checking guest program: {error}")
+        return Found(None, f"no guest program {program}: {error}")
 
 
 @frozen

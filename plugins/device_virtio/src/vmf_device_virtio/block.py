@@ -54,6 +54,8 @@ MAX_RANGES = 16
 """Segments of a discard or write-zeroes request."""
 MAX_RANGE_SECTORS = (64 << 20) // SECTOR_SIZE
 THREADS = 4
+AT_ONCE_MAX = 128 << 10
+"""Bytes. What is read from the host's page cache on the vCPU thread: more goes quicker beside it."""
 
 
 class _Request:
@@ -72,6 +74,13 @@ class _Request:
         self.length = 0
         """Bytes written into guest RAM, without the status."""
         self.result = S_OK
+
+    def run_at_once(self) -> bool:
+        """Do a read that needs no waiting, on the vCPU thread."""
+        try:
+            return self.drive.readv_at_once(self.offset, self.views)
+        except VmfError:
+            return False  # a thread will find the same, and report it
 
     def run(self) -> None:
         drive, kind = self.drive, self.kind
@@ -143,7 +152,9 @@ class VirtioBlock(VirtioDevice):
         queue = self.queues[0]
         while (chain := queue.pop()) is not None:
             request = self._request(chain)
-            if request.kind == _DONE:
+            if request.kind == _DONE or (
+                request.kind == T_IN and request.length <= AT_ONCE_MAX and request.run_at_once()
+            ):
                 self._report(request)
                 self.completed(queue)
             else:

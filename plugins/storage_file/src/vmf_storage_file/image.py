@@ -43,9 +43,22 @@ class FileImage(StorageImage):
         self._descriptor = descriptor
         self._regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._no_punch = self._no_zero_range = False
+        self._no_nowait = not hasattr(os, "RWF_NOWAIT")
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._transfer(os.preadv, "read", offset, buffers)
+
+    def readv_at_once(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        if self._no_nowait:
+            return False
+        total = sum(map(len, buffers))
+        self._check_range(offset, total)
+        try:
+            return os.preadv(self._descriptor, buffers[:IOV_MAX], offset, os.RWF_NOWAIT) == total
+        except OSError as error:
+            if error.errno != errno.EAGAIN:  # this file system cannot tell; a real failure is found by `readv`, too
+                self._no_nowait = True
+            return False
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._transfer(os.pwritev, "written", offset, buffers)

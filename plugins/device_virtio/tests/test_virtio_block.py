@@ -1,0 +1,273 @@
+"""The disk: requests, refusals, and what happens to requests under way."""
+
+from __future__ import annotations
+
+import random
+import struct
+import threading
+from typing import Any
+
+import pytest
+
+from vmf.device.base import Payload
+from vmf.errors import StateError
+from vmf.storage import DriveType
+
+IN, OUT, FLUSH, GET_ID, DISCARD, ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPPORTED = 0, 1, 2
+HEAD, DATA, STATUS = 0x20_0000, 0x20_1000, 0x2F_0000
+F_FLUSH = 1 << 9
+
+
+def header(kind: int, sector: int = 0) -> bytes:
+    return struct.pack("<IIQ", kind, 0, sector)
+
+
+def status(driver: Any) -> int:
+    return driver.pc.memory.read(STATUS, 1)[0]
+
+
+def ask(driver: Any, kind: int, sector: int = 0, *parts: tuple[int, Any]) -> int:
+    """One request to its end; its status."""
+    driver.pc.memory.write(STATUS, b"\xee")
+    driver.send((HEAD, header(kind, sector)), *parts, (STATUS, 1))
+    driver.wait()
+    return status(driver)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_read_and_write(bench: Any, at_once: bool) -> None:
+    image = bench.image()
+    image.at_once = at_once
+    driver = bench.disk(image)
+    data = random.Random(1).randbytes(4096)
+    assert ask(driver, OUT, 8, (DATA, data[:1024]), (DATA + 0x2000, data[1024:])) == OK
+    assert image.content[4096:8192] == data
+    driver.pc.written.clear()
+    driver.send((HEAD, header(IN, 9)), (DATA + 0x4000, 512), (DATA + 0x8000, 1536), (STATUS, 1))
+    assert driver.wait() == [(0, 2049)]
+    read = driver.pc.memory.read(DATA + 0x4000, 512) + driver.pc.memory.read(DATA + 0x8000, 1536)
+    assert read == data[512:2560]
+    assert {(DATA + 0x4000, 512), (DATA + 0x8000, 1536)} <= set(driver.pc.written), "the engine is told"
+    assert driver.pc.interrupted()
+    assert driver.read(3, 0, 1) == 1
+    assert not driver.pc.interrupted()
+    assert driver.read(3, 0, 1) == 0
+
+
+def test_buffers_may_be_cut_anywhere(bench: Any) -> None:
+    """Section 2.7.4: a driver divides header, data and status into buffers as it likes."""
+    image = bench.image()
+    driver = bench.disk(image)
+    data, head = bytes(range(256)) * 4, header(OUT, 2)
+    driver.send((HEAD, head[:5]), (HEAD + 16, head[5:] + data[:100]), (DATA, data[100:]), (STATUS, 1))
+    driver.wait()
+    assert status(driver) == OK
+    assert image.content[1024:2048] == data
+    driver.send((HEAD, header(IN, 2)), (DATA + 0x1000, 1025))
+    assert driver.wait() == [(0, 1025)]
+    assert driver.pc.memory.read(DATA + 0x1000, 1025) == data + b"\0"
+
+
+def test_flush_and_the_identity(bench: Any) -> None:
+    image = bench.image()
+    driver = bench.disk(image, port=3)
+    assert ask(driver, FLUSH) == OK
+    assert image.log == [("flush",)]
+    assert ask(driver, GET_ID, 0, (DATA, 20)) == OK
+    assert driver.pc.memory.read(DATA, 20).rstrip(b"\0") == b"vmf-hdd-3"
+
+
+def test_a_driver_without_flushes_gets_one_after_each_write(bench: Any) -> None:
+    image = bench.image()
+    driver = bench.disk(image, features=0)
+    assert ask(driver, OUT, 0, (DATA, bytes(512))) == OK
+    assert ask(driver, ZEROES, 0, (DATA, struct.pack("<QII", 0, 1, 0))) == OK
+    assert [entry[0] for entry in image.log] == ["write", "flush", "zeroes", "flush"]
+
+
+def test_discard_and_write_zeroes(bench: Any) -> None:
+    image = bench.image()
+    image.content[:] = b"\xff" * len(image.content)
+    driver = bench.disk(image)
+    segments = struct.pack("<QIIQII", 1, 2, 0, 100, 8, 0)
+    assert ask(driver, DISCARD, 0, (DATA, segments)) == OK
+    assert ask(driver, ZEROES, 0, (DATA, struct.pack("<QII", 4, 4, 1))) == OK
+    assert ask(driver, ZEROES, 0, (DATA, struct.pack("<QII", 8, 1, 0))) == OK
+    assert image.log == [
+        ("discard", 512, 1024), ("discard", 51200, 4096), ("zeroes", 2048, 2048, True), ("zeroes", 4096, 512, False)
+    ]  # fmt: skip
+    assert image.content[2048:4608] == bytes(2560)
+    assert image.content[4608] == 0xFF
+
+
+SECTORS = (1 << 20) // 512
+REFUSED = {
+    "read beyond the end": (IN, SECTORS, ((DATA, 512),), IOERR),
+    "write over the end": (OUT, SECTORS - 1, ((DATA, bytes(1024)),), IOERR),
+    "sector that overflows": (IN, (1 << 64) - 1, ((DATA, 512),), IOERR),
+    "not whole sectors": (IN, 0, ((DATA, 500),), IOERR),
+    "unknown type": (77, 0, ((DATA, 512),), UNSUPPORTED),
+    "discard with a flag": (DISCARD, 0, ((DATA, struct.pack("<QII", 0, 1, 1)),), UNSUPPORTED),
+    "zeroes with an unknown flag": (ZEROES, 0, ((DATA, struct.pack("<QII", 0, 1, 2)),), UNSUPPORTED),
+    "discard over the end": (DISCARD, 0, ((DATA, struct.pack("<QII", SECTORS, 1, 0)),), IOERR),
+    "zeroes of too much": (ZEROES, 0, ((DATA, struct.pack("<QII", 0, 1 << 31, 0)),), IOERR),
+    "half a segment": (DISCARD, 0, ((DATA, bytes(8)),), IOERR),
+    "no segment": (DISCARD, 0, (), IOERR),
+    "too many segments": (DISCARD, 0, ((DATA, bytes(16 * 17)),), IOERR),
+    "no room for the identity": (GET_ID, 0, ((DATA, 19),), IOERR),
+}
+
+
+@pytest.mark.parametrize(("kind", "sector", "parts", "expected"), REFUSED.values(), ids=REFUSED)
+def test_refusals(bench: Any, kind: int, sector: int, parts: Any, expected: int) -> None:
+    image = bench.image()
+    driver = bench.disk(image)
+    assert ask(driver, kind, sector, *parts) == expected
+    assert image.log == []
+    assert ask(driver, FLUSH) == OK, "the disk works on"
+
+
+def test_storage_errors_reach_the_guest(bench: Any) -> None:
+    image = bench.image()
+    driver = bench.disk(image)
+    image.broken = True
+    for kind, part in ((IN, (DATA, 512)), (OUT, (DATA, bytes(512)))):
+        assert ask(driver, kind, 0, part) == IOERR
+    assert ask(driver, FLUSH) == IOERR
+    image.broken = False
+    assert ask(driver, FLUSH) == OK
+
+
+@pytest.mark.parametrize("kind", [DriveType.DVD, DriveType.FLOPPY])
+def test_read_only_media(bench: Any, kind: DriveType) -> None:
+    image = bench.image()
+    driver = bench.disk(image, kind=kind, read_only=True)
+    assert driver.offered() & 1 << 5
+    assert not driver.offered() & (1 << 13 | 1 << 14)
+    assert ask(driver, IN, 0, (DATA, 512)) == OK
+    assert ask(driver, OUT, 0, (DATA, bytes(512))) == IOERR
+    assert ask(driver, ZEROES, 0, (DATA, struct.pack("<QII", 0, 1, 0))) == IOERR
+    assert [entry[0] for entry in image.log] == ["read"]
+
+
+def test_a_medium_comes_and_goes(bench: Any) -> None:
+    drive = bench.drive(None, kind=DriveType.DVD, read_only=True)
+    pc = bench.pc(drive)
+    driver = bench.driver(pc, 4)
+    driver.start()
+    assert driver.read(4, 0, 4) == 0, "no sectors"
+    assert ask(driver, IN, 0, (DATA, 512)) == IOERR
+    generation = driver.read(1, 0x15, 1)
+    drive.attach(bench.image())
+    drive.size = 1 << 20
+    pc.device("virtio.blk").medium_changed()
+    assert driver.read(3, 0, 1) & 2, "a configuration change"
+    assert driver.read(1, 0x15, 1) == (generation + 1) & 0xFF
+    assert driver.read(4, 0, 4) == SECTORS
+    assert ask(driver, IN, 0, (DATA, 512)) == OK
+
+
+def test_a_broken_ring_asks_for_a_reset(bench: Any) -> None:
+    driver = bench.disk(bench.image())
+    driver.descriptors(0, [(1 << 40, 16, 0, 0)])
+    driver.make_available(0, 0)
+    assert driver.read(1, 0x14, 1) & 64
+    assert driver.read(3, 0, 1) & 2
+    driver.notify(0)
+    driver.start()
+    assert ask(driver, FLUSH) == OK
+
+
+def test_features_that_are_not_offered_are_refused(bench: Any) -> None:
+    driver = bench.driver(bench.pc(bench.drive(bench.image())), 4)
+    driver.write(1, 0x14, 1, 3)
+    driver.write(1, 8, 4, 0)
+    driver.write(1, 0xC, 4, 1 << 12)
+    driver.write(1, 0x14, 1, 11)
+    assert not driver.read(1, 0x14, 1) & 8
+
+
+# -- requests under way
+
+
+def test_quiesce_waits_for_requests_and_tells_the_guest(bench: Any) -> None:
+    image = bench.image()
+    image.go.clear()
+    driver = bench.disk(image)
+    driver.size = 8
+    for number in range(2):
+        base = DATA + number * 0x1000
+        driver.send(
+            (base, header(OUT, number)), (base + 64, bytes([number + 1]) * 512), (base + 1024, 1), head=3 * number
+        )
+    assert driver.used() == []
+    device = driver.pc.device("virtio.blk")
+    release(image)
+    device.quiesce()
+    assert sorted(driver.used()) == [(0, 1), (3, 1)]
+    assert image.content[:1024] == b"\1" * 512 + b"\2" * 512
+    assert driver.pc.interrupted()
+    payload = device.save()
+    other = bench.driver(bench.pc(bench.drive(image)), 4)
+    target = other.pc.device("virtio.blk")
+    target.restore(Payload(payload.kind, payload.version, payload.body))
+    assert other.pc.interrupted(), "the interrupt travels"
+    other.tails, other.seen = driver.tails, driver.seen
+    assert other.read(3, 0, 1) == 1
+    assert ask(other, IN, 1, (DATA, 512)) == OK
+    assert other.pc.memory.read(DATA, 512) == b"\2" * 512
+    assert target.save().body["queues"][0]["last_avail"] == 3
+
+
+def release(image: Any) -> None:
+    """Let storage answer, a moment later."""
+    threading.Timer(0.05, image.go.set).start()
+
+
+def test_a_reset_waits_too(bench: Any) -> None:
+    image = bench.image()
+    image.go.clear()
+    driver = bench.disk(image)
+    driver.send((HEAD, header(IN)), (DATA, 512), (STATUS, 1))
+    release(image)
+    driver.write(1, 0x14, 1, 0)
+    assert image.log == [("read", 0, 512)], "it was finished before the rings were forgotten"
+    driver.start()
+    assert ask(driver, FLUSH) == OK
+
+
+def test_storage_that_does_not_answer_is_named(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = bench.image()
+    image.go.clear()
+    driver = bench.disk(image, port=5)
+    driver.send((HEAD, header(FLUSH)), (STATUS, 1))
+    threads = driver.pc.device("virtio.blk")._threads
+    with pytest.raises(StateError, match="disk at port 5: 1 requests"):
+        threads.drain(0.05)
+    image.go.set()
+    driver.wait()
+    assert status(driver) == OK
+
+
+def test_indices_wrap(bench: Any) -> None:
+    """More requests than 16 bits count."""
+    image = bench.image()
+    image.at_once = True
+    driver = bench.disk(image)
+    driver.descriptors(0, [(HEAD, 16, 1, 1), (DATA, 512, 3, 2), (STATUS, 1, 2, 0)])
+    driver.pc.memory.write(HEAD, header(IN))
+    for _ in range(0x10002):
+        driver.make_available(0, 0)
+    assert driver.used() == [(0, 513)] * 2
+    assert driver.pc.device("virtio.blk").queues[0].used_index == 2
+
+
+def test_another_disk_is_refused(bench: Any) -> None:
+    payload = bench.disk(bench.image()).pc.device("virtio.blk").save()
+    smaller = bench.disk(bench.image(4096)).pc.device("virtio.blk")
+    with pytest.raises(StateError, match="has 1048576 bytes at the source and 4096 here"):
+        smaller.restore(payload)
+    read_only = bench.disk(bench.image(), read_only=True).pc.device("virtio.blk")
+    with pytest.raises(StateError):
+        read_only.restore(payload)
