@@ -176,11 +176,11 @@ def test_cancelled_at_the_source_while_the_target_works(pair, call):
     settle(pair, source, target, waiting, TeleportCancelled("x"))
 
 
-@pytest.mark.parametrize("where", ["hello", "check", "precopy", "stop", "save", "restore"])
+@pytest.mark.parametrize("where", ["offer", "check", "precopy", "stop", "save", "restore"])
 def test_cancelled_at_the_target(pair, where):
     source, target = running_source(pair), small(pair, "a2")
     waiting = pair.wait(target)
-    if where in ("hello", "check", "precopy"):
+    if where in ("offer", "check", "precopy"):
         waiting.on_event = lambda event: waiting.cancel.set() if event.phase == where else None
         source.delay["open_dirty_tracker"] = 0.3
         source.delay["describe"] = 0.3

@@ -125,12 +125,17 @@ class Link:
     def drain(self) -> None:
         """Read and drop what is under way: closing a TCP socket with unread data would destroy our last word."""
         scratch = memoryview(bytearray(1 << 16))
-        end = time.monotonic() + DRAIN_S
+        # Not by the channel's time-out, which a byte now and then would satisfy for as long as it likes.
+        end = threading.Timer(DRAIN_S, self.channel.shutdown)
+        end.daemon = True
+        end.start()
         try:
-            while time.monotonic() < end:
+            while True:
                 self.channel.recv_into(scratch)
         except VmfError:
-            pass  # closed by the other side, or silent: both are what we wait for
+            pass  # closed by the other side, silent, or we have waited long enough: all are what we wait for
+        finally:
+            end.cancel()
 
 
 def farewell(error: BaseException) -> m.Message:

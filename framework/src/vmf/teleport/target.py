@@ -1,11 +1,11 @@
 """The target of a teleport: a machine that waits.
 
-An acceptor thread takes connections. The first one becomes the session, served on the caller's thread; while it
-lasts, others are told "busy". Whatever happens in a session, short of the machine running here, ends in waiting
+An acceptor thread takes connections, and shows them into the lobby (`vmf.teleport.lobby`), where they shake hands. The
+first one to make an offer becomes the session, served on the caller's thread; while it lasts, others are told "busy".
+Whatever happens in a session, short of the machine running here, ends in waiting
 again: the arrival is discarded and the caller sees one progress event with the reason.
 
-A session that does not get to its offer within `handshake_timeout_s`, or falls silent, is dropped, so nobody can keep
-the place by doing nothing.
+A session that falls silent, or only shows that it is alive, is dropped, so nobody can keep the place by doing nothing.
 
 Who comes meanwhile may still ask what became of an earlier teleport (LOCATE). When a machine has arrived whose source
 did not say good-bye, the listener stays open for that question alone, because that source may be uncertain.
@@ -19,8 +19,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from attrs import frozen
@@ -36,20 +36,20 @@ from vmf.errors import (
     VmfError,
 )
 from vmf.machine.memory import MIB, PAGE_SIZE
-from vmf.teleport.authentication import Attempts, Verifier, demand, methods_of
+from vmf.teleport.authentication import Verifier
 from vmf.teleport.check import Blocker, compare_payloads
 from vmf.teleport.custodian import TargetCustodian
 from vmf.teleport.journal import Entry, Journal, MemoryJournal, Testimony
 from vmf.teleport.lanes import Joiners
-from vmf.teleport.link import Canceller, Link, explain, farewell, remote_end
+from vmf.teleport.link import Canceller, explain, farewell, remote_end
+from vmf.teleport.lobby import Lobby, Visitor
 from vmf.teleport.progress import ProgressListener, Reporter, TeleportSummary
-from vmf.teleport.protocol import Connection, Phase, Role, SourceOutcome
+from vmf.teleport.protocol import Phase, Role, SourceOutcome
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.handover import Deed, Note, TargetCustody, TargetEvent
 from vmf.teleport.ram import RamReceiver
 from vmf.teleport.seam import KeepsJournal, KeepsLeases, StatesCapability, TeleportableMachine, payload_kinds
-from vmf.teleport.source import software
-from vmf.transport.base import Channel, Listener
+from vmf.transport.base import Listener
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ WAITING = "waiting"
 """`ProgressEvent.phase` of a target without a session."""
 _M = TypeVar("_M", bound=m.Message)
 _POLL_S = 0.1
-_REFUSALS = 8
-"""Connections that are told "busy" at the same time; more are just closed."""
+_LINES = 32
+"""About who was turned away, that wait to be told."""
 _PATIENCE_S = 0.5
 """For the session to end, before a second connection is told "busy"; longer when it is being cleaned up already."""
 _ENDING_S = 10.0
@@ -69,7 +69,7 @@ class TargetOptions:
     """Settings of a waiting target, seconds.
 
     Attributes:
-        handshake_timeout_s: from the connection to the source's OFFER.
+        handshake_timeout_s: for each step from the connection to the source's OFFER: HELLO, AUTHENTICATE, OFFER.
         idle_timeout_s: longest silence of the source.
         keepalive_s: how often the target shows that it is alive.
         done_timeout_s: how long to wait for the source's good-bye; the machine runs already.
@@ -111,7 +111,6 @@ class _Target:
         cancel: threading.Event | None,
         options: TargetOptions,
     ) -> None:
-        self._attempts = Attempts()
         self._machine = machine
         self._listener = listener
         self._cancel = cancel
@@ -122,8 +121,13 @@ class _Target:
         self._session: _Session | None = None
         self._arrived: TargetCustodian | None = None
         self._journal = machine.journal if isinstance(machine, KeepsJournal) else MemoryJournal(machine.name)
-        self._arrivals: queue.SimpleQueue[Channel | TransportRefused | None] = queue.SimpleQueue()
-        self._refusals = threading.Semaphore(_REFUSALS)
+        self._arrivals: queue.SimpleQueue[Visitor | str | None] = queue.SimpleQueue()
+        """Who has the place, lines about who was turned away; None: the listener does not listen any more."""
+        can = isinstance(machine, StatesCapability)
+        features = tuple(feature for feature in m.FEATURES if can or feature != m.CAPABILITIES)
+        self._lobby = Lobby(
+            options.handshake_timeout_s, options.verifier, features, admit=self._admit, join=self._join, tell=self._tell
+        )
 
     def run(self) -> TeleportSummary:
         acceptor = threading.Thread(target=self._accept, name="vmf-teleport-accept", daemon=True)
@@ -135,18 +139,18 @@ class _Target:
                 if self._cancel is not None and self._cancel.is_set():
                     raise TeleportCancelled(f"machine {self._machine.name} does not wait for a teleport any more.")
                 try:
-                    channel = self._arrivals.get(timeout=_POLL_S)
+                    arrival = self._arrivals.get(timeout=_POLL_S)
                 except queue.Empty:
                     continue
-                if channel is None:
+                if arrival is None:
                     if self._cancel is not None and self._cancel.is_set():
                         continue
                     raise TransportClosed(f"{self._listener.address} does not listen any more.")
-                if isinstance(channel, TransportRefused):
+                if isinstance(arrival, str):
                     self._report.restart()
-                    self._report.phase(WAITING, message=m.clean_text(str(channel)))
+                    self._report.phase(WAITING, message=arrival)
                     continue
-                summary = self._serve(channel)
+                summary = self._serve(arrival)
                 if summary is not None:
                     return summary
         finally:
@@ -162,11 +166,13 @@ class _Target:
             return self._journal.testify(teleport_id)
         return Testimony(custodian.ask(self._journal.note(teleport_id)), self._machine.name)
 
-    def _serve(self, channel: Channel) -> TeleportSummary | None:
+    def _serve(self, visitor: Visitor) -> TeleportSummary | None:
         """One session; None when the machine does not run here after it."""
-        message = ""
+        message, channel = "", visitor.channel
         self._report.restart()
-        self._session = session = self._new_session(channel, self._report, self._cancel)
+        self._session = session = _Session(
+            self._machine, visitor, self._report, self._cancel, self._options, self._journal
+        )
         try:
             summary = session.run()
             if summary is not None:
@@ -192,11 +198,6 @@ class _Target:
         self._report.phase(WAITING, message=message)
         return None
 
-    def _new_session(self, channel: Channel, report: Reporter, cancel: threading.Event | None) -> _Session:
-        return _Session(
-            self._machine, channel, report, cancel, self._options, self._attempts, self._journal, self.testify
-        )
-
     def _accept(self) -> None:
         """The acceptor thread."""
         while True:
@@ -206,22 +207,23 @@ class _Target:
                 continue
             except TransportClosed:
                 self._arrivals.put(None)
+                self._lobby.close()
                 return
             except TransportRefused as error:
-                log.info("turned away: %s", error)
-                if self._arrivals.qsize() < _REFUSALS:  # of a flood only some are told
-                    self._arrivals.put(error)
+                self._lobby.turned_away(str(error))
                 continue
             except TransportError as error:
                 log.warning("accepting a teleport failed: %s", error)
                 time.sleep(_POLL_S)  # out of descriptors, say: do not spin
                 continue
-            if self._take_place(0.0):
-                self._arrivals.put(channel)
-            elif self._refusals.acquire(blocking=False):
-                threading.Thread(target=self._refuse, args=(channel,), name="vmf-teleport-busy", daemon=True).start()
-            else:
-                channel.close()
+            self._lobby.enter(channel)
+
+    def _tell(self, line: str) -> None:
+        """On any thread. While a session lasts it is told afterwards."""
+        if self._arrivals.qsize() < _LINES:
+            self._arrivals.put(line)
+        else:
+            log.info("turned away: %s", line)
 
     def _take_place(self, patience_s: float) -> bool:
         with self._place:
@@ -230,28 +232,44 @@ class _Target:
             self._busy = True
             return True
 
-    def _refuse(self, channel: Channel) -> None:
-        """A thread, for who comes while a session lasts."""
-        try:
-            # A source that tries again right after a failure must not be told "busy" by the leftovers of itself.
+    def _join(self, visitor: Visitor, message: m.Join) -> bool:
+        """On the thread of somebody who says that it is an additional channel of the teleport under way."""
+        session = self._session
+        return session is not None and self._lobby.release(visitor) and session.joiners.admit(visitor.link, message)
+
+    def _admit(self, visitor: Visitor) -> bool:
+        """On the thread of somebody who has authenticated: give him the place, or an answer."""
+        if isinstance(visitor.request, m.Locate):
+            self._answer_whereabouts(visitor, visitor.request)
+            return False
+        # A source that tries again right after a failure must not be told "busy" by the leftovers of itself.
+        deadline = time.monotonic() + _ENDING_S
+        while not self._take_place(_PATIENCE_S):
             session = self._session
-            ending = session is None or session.over
-            expected = session is not None and session.joiners.expecting
-            if not expected and self._take_place(_ENDING_S if ending else _PATIENCE_S):
-                self._arrivals.put(channel)
-                self._refusals.release()
-                return
-        except BaseException:
-            channel.close()
-            raise
-        joined = False
-        try:
-            bystander = self._new_session(channel, Reporter("target", None), None)
-            joined = bystander.bystand(session, arrived=self._arrived is not None)
-        finally:
-            if not joined:
-                channel.close()
-            self._refusals.release()
+            going_on = session is not None and not session.over
+            if self._arrived is not None or going_on or time.monotonic() > deadline:
+                name, arrived = self._machine.name, self._arrived is not None
+                error = TeleportError(
+                    f"machine {name} {'has arrived already' if arrived else 'is receiving another teleport'}.",
+                    "" if arrived else "Wait until that one has ended, or cancel it, and try again.",
+                )
+                error.code = "busy"
+                raise error
+        if not self._lobby.release(visitor):
+            with self._place:
+                self._busy = False
+                self._place.notify()
+            return False
+        self._arrivals.put(visitor)
+        return True
+
+    def _answer_whereabouts(self, visitor: Visitor, asked: m.Locate) -> None:
+        """Say what became of an earlier teleport. If it is under way, it is not any more."""
+        said, link = self.testify(asked.teleport_id), visitor.link
+        link.send(m.Located(said.answer.value, m.clean_text(said.machine, 255), m.clean_text(said.detail)))
+        if not isinstance(message := link.receive(), m.Bye):
+            raise RemoteProtocolError(f"the source sent {message.word()} where BYE was due.")
+        link.finish(said=False)
 
 
 class _Session:
@@ -260,28 +278,26 @@ class _Session:
     def __init__(
         self,
         machine: TeleportableMachine,
-        channel: Channel,
+        visitor: Visitor,
         report: Reporter,
         cancel: threading.Event | None,
         options: TargetOptions,
-        attempts: Attempts,
         journal: Journal,
-        witness: Callable[[bytes], Testimony],
     ) -> None:
-        self._attempts = attempts
+        """`visitor`: who has said HELLO, has authenticated, and has said what it wants."""
         self._journal = journal
-        self._witness = witness
         self._machine = machine
-        self._channel = channel
+        self._visitor = visitor
+        self._channel = channel = visitor.channel
         self._report = report
         self._options = options
         self.custodian = TargetCustodian(self._deeds(), on_void=channel.shutdown)
-        self._link = Link(channel, Connection(Role.TARGET, self.custodian.may_send))
+        visitor.may_send = self.custodian.may_send
+        self._link = visitor.link
         self._ram = RamReceiver(machine.memory)
         self.joiners = Joiners(self._ram, machine.memory.pages)
         self._began = time.monotonic_ns()
         self._over = threading.Event()
-        self._handshake_late = False
         self._said_cancel = False
         self._offered = False
         self._state: m.State | None = None
@@ -317,13 +333,8 @@ class _Session:
 
     def _failed(self, error: BaseException) -> BaseException:
         phase = self._link.phase
-        if isinstance(error, TransportError):
-            if (own := self._canceller.error()) is not None:
-                error = own
-            elif self._handshake_late:
-                error = TeleportError(
-                    f"the source did not make its offer within {self._options.handshake_timeout_s:g} s."
-                )
+        if isinstance(error, TransportError) and (own := self._canceller.error()) is not None:
+            error = own
         if self.custodian.state is TargetCustody.VOID:
             error = TeleportError("the source asked what became of this teleport, so it must not arrive any more.")
         said = self._link.try_send(farewell(error)) or self._said_cancel
@@ -334,38 +345,6 @@ class _Session:
             self._machine.discard_arrival()
         self._link.finish(said=said)
         return explain(error, "source", phase) if isinstance(error, Exception) else error
-
-    def bystand(self, session: _Session | None, *, arrived: bool) -> bool:
-        """For who comes while a session lasts or when the machine has arrived: answer questions, take no machine.
-
-        True when it was an additional channel of that session, which has it now.
-        """
-        try:
-            self._channel.set_timeout(self._options.handshake_timeout_s)
-            with self._handshake_limit():
-                message = self._receive()
-                if isinstance(message, m.Join):
-                    if session is not None and session.joiners.admit(self._link, message):
-                        return True
-                    raise RemoteProtocolError("an additional channel does not belong to the teleport under way.")
-                self._shake_hands(message)
-                asked = self._receive()
-                if isinstance(asked, m.Locate):
-                    self._testify(asked)
-                    return False
-            name = self._machine.name
-            error = TeleportError(
-                f"machine {name} has arrived already." if arrived else f"machine {name} is receiving another teleport.",
-                "" if arrived else "Wait until that one has ended, or cancel it, and try again.",
-            )
-            error.code = "busy"
-            raise error
-        except VmfError as error:
-            self._link.finish(said=self._link.try_send(farewell(error)))
-            return False
-        finally:
-            self._over.set()
-            self._canceller.close()
 
     # The deeds
 
@@ -406,10 +385,17 @@ class _Session:
     # The conversation
 
     def _receive(self) -> m.Message:
+        """The next message that is not about being alive. Who is only alive for too long is dropped, too."""
+        began, moved = time.monotonic(), self._ram.counters.sent_bytes
         while True:
             message = self._link.receive()
             if isinstance(message, m.Ping):
                 self._link.send(m.Pong(message.sent_at, time.monotonic_ns()))
+                now, before, moved = time.monotonic(), moved, self._ram.counters.sent_bytes
+                if moved != before:
+                    began = now
+                elif now - began > self._options.idle_timeout_s:
+                    raise TransportTimeout(f"the source has only shown that it is alive for {now - began:.0f} s.")
             elif isinstance(message, m.Cancel | m.Error):
                 raise remote_end(message, "source")
             elif not isinstance(message, m.Pong):
@@ -422,19 +408,15 @@ class _Session:
         return message
 
     def _run(self) -> TeleportSummary | None:
-        with self._handshake_limit():
-            self._report.phase(Phase.HELLO)
-            hello = self._shake_hands(self._receive())
-            self._report.phase(Phase.OFFER, teleport_id=hello.teleport_id.hex())
-            offer = self._receive()
-            if isinstance(offer, m.Inquire):
-                self._answer()
-                return None
-            if isinstance(offer, m.Locate):
-                self._testify(offer)
-                return None
-            if not isinstance(offer, m.Offer):
-                raise RemoteProtocolError(f"the source sent {offer.word()} where OFFER was due.")
+        hello, offer = self._visitor.hello, self._visitor.request
+        assert hello is not None
+        self._report.phase(Phase.OFFER, teleport_id=hello.teleport_id.hex())
+        self.custodian.teleport_id = hello.teleport_id
+        if isinstance(offer, m.Inquire):
+            self._answer()
+            return None
+        if not isinstance(offer, m.Offer):
+            raise RemoteProtocolError("the source did not make an offer.")
         if self._journal.note(hello.teleport_id) is not Note.NONE:
             raise RemoteProtocolError("the source repeats a teleport that was here before.")
         threading.Thread(target=self._keep_alive, name="vmf-teleport-alive", daemon=True).start()
@@ -459,55 +441,12 @@ class _Session:
         state, paused_at = self._receive_machine(offer)
         return self._take_over(hello, state, paused_at)
 
-    @contextmanager
-    def _handshake_limit(self) -> Iterator[None]:
-        watchdog = threading.Timer(self._options.handshake_timeout_s, self._drop_late_handshake)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            yield
-        finally:
-            watchdog.cancel()
-
-    def _drop_late_handshake(self) -> None:
-        self._handshake_late = True
-        self._channel.shutdown()
-
     def _keep_alive(self) -> None:
         """A thread: the source must not take a long check or a long round for a dead host."""
         interval = self._options.keepalive_s
         while not self._over.wait(interval):
             if time.monotonic_ns() - self._link.last_sent_ns >= interval * 0.5e9:
                 self._link.try_send(m.Ping(time.monotonic_ns()))
-
-    def _shake_hands(self, hello: m.Message) -> m.Hello:
-        if not isinstance(hello, m.Hello):
-            raise RemoteProtocolError(f"the source sent {hello.word()} where HELLO was due.")
-        common = [version for version in m.PROTOCOL_VERSIONS if version in hello.versions]
-        if not common:
-            error = TeleportError(
-                f"the source ({hello.software}) speaks protocol versions {list(hello.versions)}, "
-                f"this side ({software()}) {list(m.PROTOCOL_VERSIONS)}.",
-                "Bring both hosts to the same release of vmf.",
-            )
-            error.code = "version"
-            raise error
-        can = isinstance(self._machine, StatesCapability)
-        own = [feature for feature in m.FEATURES if can or feature != m.CAPABILITIES]
-        features = tuple(feature for feature in own if feature in hello.features)
-        verifier, binding = self._options.verifier, self._channel.channel_binding()
-        methods = methods_of(verifier, binding)
-        self._link.send(m.Welcome(hello.teleport_id, max(common), features, methods, software()))
-        demand(verifier, binding, self._attempts, self._channel.remote.host, self._link.send, self._expect)
-        self.custodian.teleport_id = hello.teleport_id
-        return hello
-
-    def _testify(self, asked: m.Locate) -> None:
-        """Say what became of an earlier teleport. If it is under way, it is not any more."""
-        said = self._witness(asked.teleport_id)
-        self._link.send(m.Located(said.answer.value, m.clean_text(said.machine, 255), m.clean_text(said.detail)))
-        self._expect(m.Bye)
-        self._link.finish(said=False)
 
     def _answer(self) -> None:
         """Say what this machine's CPU backend can present. Nothing of the machine is touched."""
