@@ -99,7 +99,10 @@ class Rig:
     """A machine without vmf.machine around it: memory, bus, interrupt controller and one vCPU of any backend."""
 
     def __init__(
-        self, backend: CpuBackend, contract: CpuidTable | None = None, tsc_khz: int | None = None,
+        self,
+        backend: CpuBackend,
+        contract: CpuidTable | None = None,
+        tsc_khz: int | None = None,
         memory: GuestMemory | None = None,
     ) -> None:
         self.backend = backend

@@ -29,8 +29,9 @@ class Traced:
     def __init__(self) -> None:
         self.batches: list[TraceRecords] = []
         self.bench = Bench(engine.load(), tsc_khz=KHZ)
-        plain, self.bench.vcpu = self.bench.vcpu, TracingVcpu(
-            engine.load(), self.bench.environment, KHZ, self.batches.append
+        plain, self.bench.vcpu = (
+            self.bench.vcpu,
+            TracingVcpu(engine.load(), self.bench.environment, KHZ, self.batches.append),
         )
         plain.close()
 
@@ -209,9 +210,7 @@ def test_stops_at_random_instants_neither_repeat_nor_lose_an_instruction(traced:
 
 
 @pytest.mark.parametrize("traced_half", [0, 1])
-def test_the_result_is_that_of_an_untraced_run(
-    gate: str, make_bench: Callable[..., Bench], traced_half: int
-) -> None:
+def test_the_result_is_that_of_an_untraced_run(gate: str, make_bench: Callable[..., Bench], traced_half: int) -> None:
     """The same computation, half of it traced, ends in the same state, flags included."""
     # l: imul rax,rax,0x19660d; add rax,rcx; ror rax,7; adc rdx,rax; mov [rdi+rcx*8-8],rdx; pushfq; pop rsi;
     #    xor rbp,rsi; loop l; hlt

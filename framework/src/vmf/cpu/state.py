@@ -44,6 +44,7 @@ MSR_IA32_TSC = 0x10
 MSR_IA32_SYSENTER_CS = 0x174
 MSR_IA32_SYSENTER_ESP = 0x175
 MSR_IA32_SYSENTER_EIP = 0x176
+MSR_IA32_MISC_ENABLE = 0x1A0
 MSR_IA32_PAT = 0x277
 MSR_EFER = 0xC0000080
 MSR_STAR = 0xC0000081
@@ -61,6 +62,18 @@ REQUIRED_MSRS = frozenset(
 )  # fmt: skip
 """Present in `VcpuState.msrs` always. EFER has its own field; the TSC is `VcpuState.tsc`."""
 
+_MSR_RESET_VALUES = {
+    MSR_IA32_PAT: 0x0007_0406_0007_0406,
+    MSR_IA32_MISC_ENABLE: 1,  # fast string operations; Linux avoids REP MOVS without them
+}
+
+
+def msr_reset_value(index: int) -> int:
+    """What an architectural MSR holds that a state does not list. A backend may leave out MSRs at that value, and need
+    not know an MSR that no state lists."""
+    return _MSR_RESET_VALUES.get(index, 0)
+
+
 XSAVE_LEGACY_SIZE = 512
 XSAVE_HEADER_SIZE = 64
 XSAVE_MIN_SIZE = XSAVE_LEGACY_SIZE + XSAVE_HEADER_SIZE
@@ -73,7 +86,7 @@ XFEATURE_AVX = 1 << 2
 def _bits(width: int) -> Any:
     def check(_instance: object, attribute: Any, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < (1 << width):
-            raise StateError(f"vCPU state: {attribute.name} is not an unsigned {width}-bit number: {value!r}.")
+            raise StateError(f"vCPU state: {attribute.name} is not an unsigned {width}-bit number: {value!r:.80}.")
 
     return check
 
@@ -143,7 +156,7 @@ def _check_registers(_instance: object, _attribute: Any, value: Mapping[str, int
         raise StateError("vCPU state: the general registers are not exactly the sixteen of x86-64.")
     for name, number in value.items():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 64:
-            raise StateError(f"vCPU state: {name} is not an unsigned 64-bit number: {number!r}.")
+            raise StateError(f"vCPU state: {name} is not an unsigned 64-bit number: {number!r:.80}.")
 
 
 def _check_segments(_instance: object, _attribute: Any, value: Mapping[str, Segment]) -> None:
@@ -160,7 +173,7 @@ def _check_msrs(_instance: object, _attribute: Any, value: Mapping[int, int]) ->
             isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 1 << 32
             or isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 64
         ):  # fmt: skip
-            raise StateError(f"vCPU state: MSR {index!r} or its value {number!r} is out of range.")
+            raise StateError(f"vCPU state: MSR {index!r:.80} or its value {number!r:.80} is out of range.")
 
 
 def _check_xsave(_instance: object, _attribute: Any, value: bytes) -> None:
@@ -192,7 +205,8 @@ class VcpuState:
         gdtr, idtr: descriptor tables.
         cr0, cr2, cr3, cr4, cr8, xcr0, efer: control registers.
         dr: dr0, dr1, dr2, dr3, dr6, dr7.
-        msrs: other MSRs by index; at least `REQUIRED_MSRS`.
+        msrs: other MSRs by index; at least `REQUIRED_MSRS`. One that is not listed is at its reset value
+            (`msr_reset_value`).
         xsave: x87/SSE/AVX... state, XSAVE standard format; XSTATE_BV bits of written-out components are set.
         events: what is in flight.
         halted: waiting in HLT.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from vmf.cpu.backend import CpuBackend, Vcpu
-from vmf.cpu.state import VcpuState
+from vmf.cpu.state import MSR_IA32_SYSENTER_EIP, MSR_IA32_SYSENTER_ESP, VcpuState, msr_reset_value
 from vmf.cpuid.compare import blockers as cpuid_blockers
 from vmf.cpuid.compare import compare
 from vmf.errors import StateError, TeleportBlocked
@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 ATTEMPTS = 20
 RETRY_SECONDS = 0.005
 
-_XMM = slice(160, 416)
-"""XMM0-15 in the XSAVE area (SDM vol. 1 table 13-1)."""
+_X87_CONTROL, _MXCSR, _XMM = slice(0, 5), slice(24, 28), slice(160, 416)
+"""FCW, FSW and FTW; MXCSR; XMM0-15 in the XSAVE area (SDM vol. 1 table 13-1). Not FOP, FIP and FDP: an AMD processor
+keeps them only while an exception is unmasked."""
+_STATE_BITS = slice(512, 520)
+_WIDTHS = {MSR_IA32_SYSENTER_ESP: 0xFFFF_FFFF, MSR_IA32_SYSENTER_EIP: 0xFFFF_FFFF}
+"""An AMD processor has 32 bits there."""
 
 
 @frozen
@@ -111,19 +115,41 @@ def exchange(hardware: Hardware, backend: CpuBackend, new: Vcpu) -> tuple[Vcpu, 
 
 
 def verify(wanted: VcpuState, got: VcpuState, backend: str) -> None:
-    """Raise StateError unless the essence of a state arrived: what any two backends hold in the same form."""
+    """Raise StateError unless a state arrived, all that any two backends hold in the same form."""
     for field in (
-        "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "cr8", "xcr0", "efer", "gdtr", "idtr", "halted",
+        "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "cr8", "xcr0", "efer", "gdtr", "idtr", "dr", "halted",
     ):  # fmt: skip
         _same(field, getattr(wanted, field), getattr(got, field), backend)
     for register, value in wanted.registers.items():
         _same(register, value, got.registers[register], backend)
-    for segment, descriptor in wanted.segments.items():
-        _same(f"{segment}.selector", descriptor.selector, got.segments[segment].selector, backend)
-        _same(f"{segment}.base", descriptor.base, got.segments[segment].base, backend)
-    _same("exception in flight", wanted.events.exception, got.events.exception, backend)
-    _same("interrupt in flight", wanted.events.interrupt, got.events.interrupt, backend)
-    _same("XMM registers", wanted.xsave[_XMM], got.xsave[_XMM], backend)
+    system = (("ldtr", wanted.ldtr, got.ldtr), ("tr", wanted.tr, got.tr))
+    for name, descriptor, other in (
+        *((name, descriptor, got.segments[name]) for name, descriptor in wanted.segments.items()), *system
+    ):  # fmt: skip
+        for part in ("selector", "base", "limit", "dpl"):
+            _same(f"{name}.{part}", getattr(descriptor, part), getattr(other, part), backend)
+    for index in sorted({*wanted.msrs, *got.msrs}):
+        ours, theirs = (side.msrs.get(index, msr_reset_value(index)) & _WIDTHS.get(index, -1) for side in (wanted, got))
+        _same(f"MSR {index:#x}", ours, theirs, backend)
+    for event in ("exception", "exception_error_code", "interrupt", "nmi_pending", "nmi_masked"):
+        _same(f"{event} in flight", getattr(wanted.events, event), getattr(got.events, event), backend)
+    _same("interrupt shadow", bool(wanted.events.interrupt_shadow), bool(got.events.interrupt_shadow), backend)
+    _same_extended(wanted.xsave, got.xsave, backend)
+
+
+def _same_extended(wanted: bytes, got: bytes, backend: str) -> None:
+    """x87, SSE and whatever else is written out, where both sides have it in the area."""
+    held = [int.from_bytes(area[_STATE_BITS], "little") for area in (wanted, got)]
+    if held[0] & held[1] & 1:
+        _same("x87 control", wanted[_X87_CONTROL], got[_X87_CONTROL], backend)
+        for number in range(8):
+            place = slice(32 + 16 * number, 42 + 16 * number)
+            _same(f"st{number}", wanted[place], got[place], backend)
+    if held[0] & held[1] & 2:
+        _same("MXCSR", wanted[_MXCSR], got[_MXCSR], backend)
+        _same("XMM registers", wanted[_XMM], got[_XMM], backend)
+    # Of the components beyond SSE a side may write out fewer: those at rest, which are all zeros.
+    _same("XSAVE components beyond SSE", wanted[576:].rstrip(b"\0"), got[576:].rstrip(b"\0"), backend)
 
 
 def _same(what: str, wanted: object, got: object, backend: str) -> None:

@@ -251,7 +251,7 @@ def neutral_xsave(raw: bytes, xcr0: int, layout: XsaveLayout) -> bytes:
     area = bytearray(layout.end(shown))
     area[:XSAVE_LEGACY_SIZE] = raw[:XSAVE_LEGACY_SIZE]
     area[_RESERVED_AT:XSAVE_LEGACY_SIZE] = bytes(XSAVE_LEGACY_SIZE - _RESERVED_AT)
-    area[_MXCSR_MASK_AT:_MXCSR_MASK_AT + 4] = _MXCSR_MASK.to_bytes(4, "little")
+    area[_MXCSR_MASK_AT : _MXCSR_MASK_AT + 4] = _MXCSR_MASK.to_bytes(4, "little")
     if not held & XFEATURE_X87:
         area[:_MXCSR_AT] = _INITIAL_X87
         area[32:_XMM_AT] = bytes(_XMM_AT - 32)

@@ -44,9 +44,7 @@ _KEPT_LEAVES: Final = frozenset({0x0, 0x1, 0x2, 0x4, 0x7, 0xD, *range(0x80000000
 def capability(supported: CpuidTable, tsc_khz: int) -> CpuidTable:
     """The widest contract for a host whose KVM supports that."""
     present = features_of(supported) - _DROPPED - RUNTIME_FEATURES
-    table = assemble(
-        supported, present, keep_leaf=lambda leaf: leaf in _KEPT_LEAVES, unknown_components=False
-    )
+    table = assemble(supported, present, keep_leaf=lambda leaf: leaf in _KEPT_LEAVES, unknown_components=False)
     return with_tsc(table, tsc_khz)
 
 

@@ -187,9 +187,7 @@ def pack_cpuid(table: CpuidTable) -> abi.Buffer:
     struct.pack_into("<I", buffer, 0, len(table.entries))
     for i, ((leaf, subleaf), registers) in enumerate(table.entries.items()):
         flags = abi.CPUID_SIGNIFICANT_INDEX if leaf in CpuidTable.SUBLEAF_LEAVES else 0
-        abi.CPUID_ENTRY.pack_into(
-            buffer, abi.CPUID_HEADER + i * abi.CPUID_ENTRY.size, leaf, subleaf, flags, *registers
-        )
+        abi.CPUID_ENTRY.pack_into(buffer, abi.CPUID_HEADER + i * abi.CPUID_ENTRY.size, leaf, subleaf, flags, *registers)
     return buffer
 
 

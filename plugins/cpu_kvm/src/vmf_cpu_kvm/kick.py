@@ -103,9 +103,7 @@ class Kicker:
         self._pid, thread = os.getpid(), threading.get_native_id()
         event, timer = abi.buffer(_SIGEVENT.size), ctypes.c_int(-1)
         _SIGEVENT.pack_into(event, 0, 0, self.number, _SIGEV_THREAD_ID, thread)
-        if abi.syscall(
-            _SYS_TIMER_CREATE, _CLOCK_MONOTONIC, ctypes.addressof(event), ctypes.addressof(timer), 0
-        ):
+        if abi.syscall(_SYS_TIMER_CREATE, _CLOCK_MONOTONIC, ctypes.addressof(event), ctypes.addressof(timer), 0):
             code = ctypes.get_errno()
             raise MachineError(
                 f"cannot make the vCPU's timer: {os.strerror(code)}.",

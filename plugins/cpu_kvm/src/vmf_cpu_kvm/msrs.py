@@ -17,6 +17,7 @@ from vmf.cpu.state import (
     MSR_CSTAR,
     MSR_EFER,
     MSR_FMASK,
+    MSR_IA32_MISC_ENABLE,
     MSR_IA32_PAT,
     MSR_IA32_SYSENTER_CS,
     MSR_IA32_SYSENTER_EIP,
@@ -27,19 +28,19 @@ from vmf.cpu.state import (
     MSR_STAR,
     MSR_TSC_AUX,
     REQUIRED_MSRS,
+    msr_reset_value,
 )
 
 MSR_APIC_BASE: Final = 0x1B
 MSR_TSC_ADJUST: Final = 0x3B
 MSR_SPEC_CTRL: Final = 0x48
-MSR_MISC_ENABLE: Final = 0x1A0
 MSR_XSS: Final = 0xDA0
 MSR_FS_BASE: Final = 0xC0000100
 MSR_GS_BASE: Final = 0xC0000101
 
 _MTRRS: Final = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 
-UNLISTED: Final = (*REQUIRED_MSRS, MSR_TSC_AUX, MSR_SPEC_CTRL, MSR_XSS, MSR_TSC_ADJUST, MSR_MISC_ENABLE, *_MTRRS)
+UNLISTED: Final = (*REQUIRED_MSRS, MSR_TSC_AUX, MSR_SPEC_CTRL, MSR_XSS, MSR_TSC_ADJUST, MSR_IA32_MISC_ENABLE, *_MTRRS)
 
 _OWN_FIELD: Final = {MSR_IA32_TSC, MSR_EFER, MSR_FS_BASE, MSR_GS_BASE, MSR_APIC_BASE}
 _PARAVIRTUAL: Final = {0x11, 0x12, *range(0x4B564D00, 0x4B564E00), *range(0x40000000, 0x40000200)}
@@ -57,16 +58,10 @@ _SMM: Final = {0x9E}
 
 NOT_STATE: Final = _OWN_FIELD | _PARAVIRTUAL | _CONSTANTS | _COUNTERS | _SMM
 
-RESET_VALUES: Final[Mapping[int, int]] = {
-    MSR_IA32_PAT: 0x0007_0406_0007_0406,
-    MSR_MISC_ENABLE: 1,  # fast string operations, which KVM sets
-}
-"""Where it is not 0."""
-
 NAMES: Final[Mapping[int, str]] = {
     MSR_TSC_ADJUST: "IA32_TSC_ADJUST", MSR_SPEC_CTRL: "IA32_SPEC_CTRL", 0xC001011F: "VIRT_SPEC_CTRL",
     MSR_IA32_SYSENTER_CS: "IA32_SYSENTER_CS", MSR_IA32_SYSENTER_ESP: "IA32_SYSENTER_ESP",
-    MSR_IA32_SYSENTER_EIP: "IA32_SYSENTER_EIP", MSR_MISC_ENABLE: "IA32_MISC_ENABLE", 0x1D9: "IA32_DEBUGCTL",
+    MSR_IA32_SYSENTER_EIP: "IA32_SYSENTER_EIP", MSR_IA32_MISC_ENABLE: "IA32_MISC_ENABLE", 0x1D9: "IA32_DEBUGCTL",
     MSR_IA32_PAT: "IA32_PAT", MSR_XSS: "IA32_XSS", 0x122: "IA32_TSX_CTRL", 0xE1: "IA32_UMWAIT_CONTROL",
     0x140: "MISC_FEATURES_ENABLES", 0x17A: "IA32_MCG_STATUS", 0x17B: "IA32_MCG_CTL", 0x6E0: "IA32_TSC_DEADLINE",
     0xC0010015: "HWCR", 0xD90: "IA32_BNDCFGS", 0x2FF: "IA32_MTRR_DEF_TYPE", MSR_STAR: "STAR", MSR_LSTAR: "LSTAR",
@@ -91,7 +86,7 @@ def describe(index: int) -> str:
 def reset_value(index: int, fresh: int = 0) -> int:
     """What an MSR holds that no state lists: for those known here the same on every host, otherwise what KVM gave it
     in a new vCPU (`fresh`), which is a constant of the engine more often than not."""
-    return RESET_VALUES.get(index, 0) if index in UNLISTED else fresh
+    return msr_reset_value(index) if index in UNLISTED else fresh
 
 
 def candidates(listed: Iterable[int]) -> list[int]:

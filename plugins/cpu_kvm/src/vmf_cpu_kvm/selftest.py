@@ -58,7 +58,7 @@ _CODE_AT, _LIST_AT, _RING0_AT, _RING3_AT, _MARKS_AT = 0x10000, 0x11000, 0x12000,
 _STACK_TOP = 0x16000
 _ENTRY_SSE, _ENTRY_RING0, _ENTRY_RING3, _ENTRY_SYSCALL = (_CODE_AT + 8 * i for i in range(4))
 _SSE_RESULT = bytes((2 * byte) & 0xFF for byte in (0x0123456789ABCDEF).to_bytes(8, "little")) * 2
-_AFTER_SYSCALL = _CODE_AT + 0x8b
+_AFTER_SYSCALL = _CODE_AT + 0x8B
 _TSC = 1 << 50
 """What the guest's TSC is set to; no host has been up for that long."""
 _SLICE_NS = 250_000_000

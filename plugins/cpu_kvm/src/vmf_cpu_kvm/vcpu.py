@@ -40,6 +40,7 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.cpuid.compare import Difference
+from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, MachineError, StateError
 from vmf_cpu_kvm import abi, convert, cpuid, errors, msrs
 from vmf_cpu_kvm.dirtylog import PROTECT_FLAGS
@@ -62,6 +63,8 @@ _IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
 _EFER_KNOWN = 0x20_ED01
 """SCE LME LMA NXE LMSLE FFXSR TCE AIBRSE; the ones that the guest's CPUID lacks KVM refuses itself."""
+_RFLAGS_KNOWN = 0x3F_7FD7
+"""KVM would take the others, and the CPU then refuse to enter."""
 _KEPT_EVENTS = (
     "exception", "exception_error_code", "exception_payload", "interrupt", "nmi_pending", "nmi_masked",
 )  # fmt: skip
@@ -83,8 +86,8 @@ class KvmVcpu(Vcpu):
         """Make the VM.
 
         Args:
-            strict: a KVM that presents another CPUID than the contract, or another TSC than was set, is refused;
-                otherwise `overrides` tells of the CPUID.
+            strict: a KVM that gives another TSC than was set is refused, and `read_cpuid` says what it presents, so
+                that the core refuses another CPUID than the contract; otherwise only `overrides` tells of that.
             dirty_log: let KVM log writes (see `vmf_cpu_kvm.dirtylog`).
 
         Raises BackendUnavailable when KVM refuses, StateError when it cannot honour the contract.
@@ -210,14 +213,7 @@ class KvmVcpu(Vcpu):
         abi.ioctl(self._fd, self._get_sregs, self._sregs)
         struct.pack_into("<Q", self._sregs, abi.SREGS_CONTROL_AT + 48, _APIC_BASE)
         self._set(self._set_sregs, self._sregs)
-        presented = get_cpuid(self._fd, abi.GET_CPUID2)
-        self.overrides = changed = cpuid.overridden(contract, presented)
-        if changed and self._strict:
-            listed = "; ".join(f"{item.field} {item.contract} becomes {item.capability}" for item in changed[:8])
-            raise StateError(
-                f"KVM presents another CPUID than the machine's contract: {listed}.",
-                "Use the Unicorn backend, or a contract without these features.",
-            )
+        self.overrides = cpuid.overridden(contract, get_cpuid(self._fd, abi.GET_CPUID2))
 
     def _set_tsc_rate(self) -> None:
         wanted, native = self._environment.tsc_khz, self._host.tsc_khz
@@ -462,6 +458,7 @@ class KvmVcpu(Vcpu):
         self._xsave.raw = area
         # CPUID stands already. Control registers before what depends on them; events last, as the others clear some.
         self._put(self._set_sregs, self._sregs, "the segments and control registers", errors.explain_sregs(state))
+        self._check_sregs(state)
         self._put(abi.SET_REGS, self._regs, "the general registers")
         self._put(abi.SET_XCRS, self._xcrs, f"XCR0 = {state.xcr0:#x}")
         self._put(abi.SET_XSAVE, self._xsave, "the XSAVE area", "MXCSR or a component has bits KVM does not know")
@@ -493,12 +490,24 @@ class KvmVcpu(Vcpu):
             raise StateError(f"vCPU state: its TSC counts at {state.tsc_khz} kHz, the machine's at {rate} kHz.")
         if state.efer & ~_EFER_KNOWN:  # KVM would take it, and the CPU then refuse to enter
             raise StateError(f"vCPU state: EFER {state.efer:#x} has bits that no guest of this backend can set.")
+        if state.rflags & ~_RFLAGS_KNOWN:
+            raise StateError(f"vCPU state: RFLAGS {state.rflags:#x} has reserved bits set.")
         allowed = cpuid.allowed_components(self._environment.cpuid)
         if state.xcr0 & ~allowed:
             raise StateError(
                 f"vCPU state: XCR0 {state.xcr0:#x} enables components {state.xcr0 & ~allowed:#x} that the machine's"
                 " CPUID does not have."
             )
+
+    def _check_sregs(self, state: VcpuState) -> None:
+        """Some engines take a mode that they cannot run in, and choose another."""
+        abi.ioctl(self._fd, self._get_sregs, self._sregs)
+        kept, _ = convert.unpack_sregs(self._sregs)
+        for name in ("cr0", "cr2", "cr3", "cr4", "efer", "gdtr", "idtr"):
+            wanted = getattr(state, name)
+            if kept[name] != wanted:
+                got = [f"{value:#x}" if isinstance(value, int) else str(value) for value in (kept[name], wanted)]
+                raise StateError(f"vCPU state: this KVM keeps {got[0]} of {name.upper()} = {got[1]}.")
 
     def _check_events(self, fd: int, state: VcpuState) -> None:
         """Some engines take an event and forget it."""
@@ -554,6 +563,11 @@ class KvmVcpu(Vcpu):
                 raise StateError(
                     f"vCPU state: KVM keeps {kept[index]:#x} of {msrs.describe(index)} = {value:#x} for this CPU."
                 )
+
+    def read_cpuid(self) -> CpuidTable | None:
+        """What KVM says it presents, read back; None for a KVM that is trusted blindly. That it does as it says, its
+        self-test has seen."""
+        return get_cpuid(self._fd, abi.GET_CPUID2) if self._strict else None
 
     # -- TSC
 

@@ -10,7 +10,12 @@ Canonical form. `save` after `restore` gives the same state bit for bit, except 
     that XSAVE would have stored (initial values, bit set), in an area of 576 bytes;
   - marks a task register's TSS busy, as it always is;
   - keeps the upper 6 bytes of the x87 registers' 16-byte slots (reserved) as zero;
-  - sets bit 1 of RFLAGS, which is always set.
+  - sets bit 1 of RFLAGS and bit 10 of DR7, which are always set;
+  - leaves MSRs at rest (`_MSRS_WHEN_USED`, MTRRs) out;
+  - keeps 32 bits of SYSENTER_ESP and SYSENTER_EIP when the machine is an AMD one, as AMD's processors do.
+
+What the engine cannot do is refused, not carried in silence: MSRs that it has no place for, bits of control registers
+that it would not act on, breakpoints on data and ports, which it does not raise.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from vmf.cpu.state import (
     GENERAL_REGISTERS,
     MSR_CSTAR,
     MSR_FMASK,
+    MSR_IA32_MISC_ENABLE,
     MSR_IA32_PAT,
     MSR_IA32_SYSENTER_CS,
     MSR_IA32_SYSENTER_EIP,
@@ -42,13 +48,10 @@ from vmf.cpu.state import (
     DescriptorTable,
     Segment,
     VcpuState,
+    msr_reset_value,
 )
 from vmf.errors import StateError
 from vmf_cpu_unicorn import layout as at
-
-MSR_IA32_MISC_ENABLE = 0x1A0
-MISC_ENABLE_FAST_STRING = 1 << 0
-"""Without it Linux avoids REP MOVS and STOS."""
 
 _GENERAL = struct.Struct("<16Q")
 _SEGMENT = struct.Struct("<I4xQII")
@@ -77,8 +80,11 @@ _MSRS_U64 = {
     MSR_TSC_AUX: at.TSC_AUX,
     MSR_IA32_MISC_ENABLE: at.MISC_ENABLE,
 }
-_INERT_MSRS = frozenset({0x1B, 0x3B, 0xFE, 0x250, 0x258, 0x259, 0x2FF, *range(0x200, 0x210), *range(0x268, 0x270)})
-"""APIC_BASE, TSC_ADJUST and the MTRRs: nothing in an emulator depends on them. They are carried along."""
+_MSRS_WHEN_USED = {0x17A: at.MCG_STATUS, 0xC0010117: at.VM_HSAVE_PA, 0xD90: at.BNDCFGS}
+"""MCG_STATUS, VM_HSAVE_PA, IA32_BNDCFGS. No contract has the feature, but the engine lets a guest write them all the
+same: a guest that did finds its value again anywhere, or is refused there by name."""
+_HELD_MSRS = frozenset({*_MSRS_U64, MSR_IA32_SYSENTER_CS, *_MSRS_WHEN_USED, *at.MTRR_INDICES})
+_MTRRS = struct.Struct(f"<{len(at.MTRR_INDICES)}Q")
 
 CR0_LEGAL = 0xE005003F
 CR4_LEGAL = 0x00310FFF & ~(1 << 11)
@@ -87,6 +93,9 @@ EFER_LEGAL = 0xD01
 """SCE LME LMA NXE."""
 XCR0_LEGAL = XFEATURE_X87 | XFEATURE_SSE
 RFLAGS_LEGAL = 0x3F7FD7
+DR7_FIXED = 1 << 10
+DR7_DETECT = 1 << 13
+"""GD: MOV to or from a debug register raises #DB."""
 
 
 @frozen
@@ -203,10 +212,21 @@ def _pack_xsave(blob: bytearray, area: bytes) -> None:
             blob[target : target + 16] = area[_XMM_OFFSET + 16 * i : _XMM_OFFSET + 16 * i + 16]
 
 
-def unpack(blob: bytes) -> EngineState:
-    """Read a structure. Between two slices the engine keeps all of RFLAGS in its eflags field."""
+def unpack(blob: bytes, mtrrs: bytes, *, amd: bool) -> EngineState:
+    """Read a structure. Between two slices the engine keeps all of RFLAGS in its eflags field.
+
+    Args:
+        mtrrs: the `MTRRS_SIZE` bytes at `MTRRS`.
+        amd: the machine's CPUID is that of an AMD processor.
+    """
     msrs = {index: _u64(blob, offset) for index, offset in _MSRS_U64.items()}
+    msrs |= {index: value for index, offset in _MSRS_WHEN_USED.items() if (value := _u64(blob, offset))}
+    if any(mtrrs):
+        msrs |= {index: value for index, value in zip(at.MTRR_INDICES, _MTRRS.unpack(mtrrs), strict=True) if value}
     msrs[MSR_IA32_SYSENTER_CS] = _u32(blob, at.SYSENTER_CS)
+    if amd:
+        for index in (MSR_IA32_SYSENTER_ESP, MSR_IA32_SYSENTER_EIP):
+            msrs[index] &= 0xFFFF_FFFF
     cr = struct.unpack_from("<9Q", blob, at.CR)
     dr = struct.unpack_from("<8Q", blob, at.DR)
     tr = _unpack_segment(blob, at.TR)
@@ -246,13 +266,39 @@ def _refuse_bits(name: str, value: int, legal: int, remedy: str = "") -> None:
         )
 
 
+def _refuse_breakpoints(dr: tuple[int, int, int, int, int, int]) -> None:
+    """The engine raises #DB for instruction breakpoints only."""
+    dr7 = dr[5]
+    _refuse_bits("dr6", dr[4], 0xFFFF_FFFF)
+    _refuse_bits("dr7", dr7, 0xFFFF_FFFF)
+    kinds = {1: "writes of data", 2: "ports", 3: "accesses to data"}
+    for number in range(4):
+        kind = dr7 >> (16 + 4 * number) & 3
+        if dr7 >> (2 * number) & 3 and kind:
+            raise StateError(
+                f"vCPU state: dr7 has a hardware breakpoint on {kinds[kind]} at {dr[number]:#x}, which the Unicorn"
+                " backend does not raise.",
+                "Remove it in the guest's debugger (in gdb: `delete` the watchpoint), or choose another CPU backend.",
+            )
+    if dr7 & DR7_DETECT:
+        raise StateError(
+            "vCPU state: dr7 guards the debug registers (GD), which the Unicorn backend does not do.",
+            "Choose another CPU backend.",
+        )
+
+
+def pack_mtrrs(state: VcpuState) -> bytes:
+    """What belongs at `MTRRS`."""
+    return _MTRRS.pack(*(state.msrs.get(index, 0) for index in at.MTRR_INDICES))
+
+
 def carried_msrs(state: VcpuState) -> dict[int, int]:
-    """The MSRs of a state that the engine has no place for but that may be carried along. Raises StateError."""
+    """The MSRs of a state that the engine has no place for: at zero they may be carried along. Raises StateError."""
     carried: dict[int, int] = {}
     for index, value in state.msrs.items():
-        if index in _MSRS_U64 or index == MSR_IA32_SYSENTER_CS:
+        if index in _HELD_MSRS:
             continue
-        if value and index not in _INERT_MSRS:
+        if value:
             raise StateError(
                 f"vCPU state: MSR {index:#x} is {value:#x}; the Unicorn backend does not have that MSR.",
                 "Start the machine with a CPU contract that Unicorn can honour.",
@@ -262,13 +308,17 @@ def carried_msrs(state: VcpuState) -> dict[int, int]:
 
 
 def pack(state: VcpuState) -> bytearray:
-    """The whole structure for a state. Raises StateError naming what the engine cannot hold."""
+    """The whole structure for a state, its breakpoints not yet armed: the engine does that, given DR7.
+
+    Raises StateError naming what the engine cannot hold.
+    """
     level = "Start the machine with a CPUID contract that the Unicorn backend can honour."
     _refuse_bits("rflags", state.rflags, RFLAGS_LEGAL)
     _refuse_bits("cr0", state.cr0, CR0_LEGAL)
     _refuse_bits("cr4", state.cr4, CR4_LEGAL, level)
     _refuse_bits("efer", state.efer, EFER_LEGAL, level)
     _refuse_bits("xcr0", state.xcr0, XCR0_LEGAL, level)
+    _refuse_breakpoints(state.dr)
     if state.msrs[MSR_IA32_SYSENTER_CS] >> 32:
         raise StateError("vCPU state: MSR 0x174 (SYSENTER_CS) has more than 32 bits; the Unicorn backend holds 32.")
     carried_msrs(state)
@@ -280,7 +330,7 @@ def pack(state: VcpuState) -> bytearray:
     hflags = at.HF_INHIBIT_IRQ if state.events.interrupt_shadow else 0
     if state.cr4 & 1 << 21:
         hflags |= at.HF_SMAP
-    hflags2 = at.HF2_GIF | (at.HF2_NMI_MASKED if state.events.nmi_masked else 0)
+    hflags2 = at.HF2_GIF | at.HF2_VINTR | (at.HF2_NMI_MASKED if state.events.nmi_masked else 0)
     struct.pack_into("<II", blob, at.HFLAGS, hflags, hflags2)
     for i, name in enumerate(SEGMENT_NAMES):
         _pack_segment(blob, at.SEGS + at.SEGMENT_SIZE * i, state.segments[name])
@@ -292,12 +342,12 @@ def pack(state: VcpuState) -> bytearray:
     struct.pack_into("<i", blob, at.A20_MASK, -1)
     struct.pack_into("<Q", blob, at.EFER, state.efer)
     _pack_xsave(blob, state.xsave)
-    for index, offset in _MSRS_U64.items():
-        struct.pack_into("<Q", blob, offset, state.msrs.get(index, 0))
+    for index, offset in (*_MSRS_U64.items(), *_MSRS_WHEN_USED.items()):
+        struct.pack_into("<Q", blob, offset, state.msrs.get(index, msr_reset_value(index)))
     struct.pack_into("<I", blob, at.SYSENTER_CS, state.msrs[MSR_IA32_SYSENTER_CS])
     struct.pack_into("<Q", blob, at.XCR0, state.xcr0)
     dr = state.dr
-    struct.pack_into("<8Q", blob, at.DR, *dr[0:4], 0, 0, *dr[4:6])
+    struct.pack_into("<8Q", blob, at.DR, *dr[0:4], 0, 0, dr[4], DR7_FIXED)
     struct.pack_into("<i", blob, at.OLD_EXCEPTION, -1)
     blob[at.V_TPR] = state.cr8
     return blob

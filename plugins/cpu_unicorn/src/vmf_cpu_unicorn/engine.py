@@ -157,9 +157,7 @@ class Engine:
     def hook(self, kind: int, callback: int, user: int, instruction: int = 0) -> None:
         """Add a hook for all addresses; it lives as long as the engine."""
         token = c_size_t()
-        code = self.library.quick.uc_hook_add(
-            self.handle, ctypes.byref(token), kind, callback, user, 1, 0, instruction
-        )
+        code = self.library.quick.uc_hook_add(self.handle, ctypes.byref(token), kind, callback, user, 1, 0, instruction)
         self._check(code, "add a hook")
 
     def map_ram(self, gpa: int, size: int, address: int) -> None:
@@ -211,7 +209,5 @@ def load() -> Library:
             try:
                 return Library(path)
             except OSError as error:
-                raise BackendUnavailable(
-                    f"The Unicorn engine {path} cannot be loaded: {error}.", _REINSTALL
-                ) from error
+                raise BackendUnavailable(f"The Unicorn engine {path} cannot be loaded: {error}.", _REINSTALL) from error
     raise BackendUnavailable(f"The Python package `unicorn` has no {_LIBRARY} inside.", _REINSTALL)

@@ -39,6 +39,7 @@ IDT = 400
 CR = 424
 A20_MASK = 496
 EFER = 592
+BNDCFGS = 584
 FPSTT = 604
 FPUS = 608
 FPUC = 610
@@ -54,12 +55,14 @@ SYSENTER_CS = 4800
 SYSENTER_ESP = 4808
 SYSENTER_EIP = 4816
 STAR = 4824
+VM_HSAVE_PA = 4832
 LSTAR = 4840
 CSTAR = 4848
 FMASK = 4856
 KERNEL_GS_BASE = 4864
 TSC_AUX = 4896
 XCR0 = 4904
+MCG_STATUS = 4912
 MISC_ENABLE = 4920
 PAT = 5280
 ERROR_CODE = 5384
@@ -71,7 +74,11 @@ VM_VMCB = 5504
 TSC_OFFSET = 5512
 V_TPR = 5556
 ENV_SIZE = 5568
-"""Up to `end_reset_fields`: everything that is guest state."""
+"""Up to `end_reset_fields`: everything that is guest state, except"""
+MTRRS = 6320
+"""the MTRRs, 28 MSRs of 8 bytes in the order of `MTRR_INDICES`."""
+MTRR_INDICES = (0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF, *range(0x200, 0x210))
+MTRRS_SIZE = 8 * len(MTRR_INDICES)
 
 SEGMENT_SIZE = 24
 """selector u32 (0), base u64 (8), limit u32 (16), flags u32 (20)."""
@@ -81,6 +88,8 @@ HF_INHIBIT_IRQ = 1 << 3
 HF_SMAP = 1 << 23
 HF2_GIF = 1 << 0
 HF2_NMI_MASKED = 1 << 2
+HF2_VINTR = 1 << 3
+"""CR8 is kept in v_tpr. Without it the engine asks a local APIC, which it does not have."""
 
 # CPUState.interrupt_request
 REQUEST_VIRQ = 0x100

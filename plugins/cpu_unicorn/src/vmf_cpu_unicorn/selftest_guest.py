@@ -28,6 +28,7 @@ from vmf.cpu.state import (
     Segment,
     VcpuState,
 )
+from vmf.cpuid.layout import with_vendor
 from vmf.machine.bus import Bus
 from vmf.machine.memory import GuestMemory
 from vmf_cpu_unicorn import cpuid, tsc
@@ -114,9 +115,7 @@ def _tables() -> list[tuple[int, bytes]]:
     def entry(flags: int, access: int) -> bytes:
         return struct.pack("<HHBBBB", 0xFFFF, 0, 0, access, flags << 4 | 0xF, 0)
 
-    gdt = b"".join(
-        (bytes(8), entry(0xA, 0x9B), entry(0xC, 0x93), entry(0xC, 0xFB), entry(0xC, 0xF3), entry(0xA, 0xFB))
-    )
+    gdt = b"".join((bytes(8), entry(0xA, 0x9B), entry(0xC, 0x93), entry(0xC, 0xFB), entry(0xC, 0xF3), entry(0xA, 0xFB)))
     gdt += struct.pack("<HHBBBBII", 0x67, _TSS, 0, 0x8B, 0, 0, 0, 0)
     idt, stubs = bytearray(), bytearray()
     for vector in range(256):
@@ -143,7 +142,9 @@ def _tables() -> list[tuple[int, bytes]]:
 class Bench:
     """A machine of 4 MiB with one port (0x80), one MMIO page (0xE0000000) and scripted interrupts."""
 
-    def __init__(self, library: Library, memory: GuestMemory | None = None, tsc_khz: int = 0) -> None:
+    def __init__(
+        self, library: Library, memory: GuestMemory | None = None, tsc_khz: int = 0, vendor: str = "GenuineIntel"
+    ) -> None:
         self.memory = memory or GuestMemory(RAM_SIZE)
         self._own_memory = memory is None
         self.interrupts = ScriptedInterrupts()
@@ -151,9 +152,8 @@ class Bench:
         self.bus = Bus()
         self.bus.claim_ports("bench", 0x80, 1, self.port)
         khz = tsc_khz or tsc.host_tsc_khz()
-        self.environment = VcpuEnvironment(
-            self.memory, self.bus, self.interrupts, cpuid.capability(khz, ADDRESS_BITS), khz
-        )
+        contract = with_vendor(cpuid.capability(khz, ADDRESS_BITS), vendor)
+        self.environment = VcpuEnvironment(self.memory, self.bus, self.interrupts, contract, khz)
         self.vcpu = UnicornVcpu(library, self.environment, khz)
         if self._own_memory:
             for gpa, data in _tables():

@@ -12,13 +12,16 @@ from vmf.cpu.state import (
     AR_S,
     AR_UNUSABLE,
     GENERAL_REGISTERS,
-    MSR_IA32_PAT,
+    MSR_IA32_MISC_ENABLE,
     REQUIRED_MSRS,
     DescriptorTable,
     PendingEvents,
     Segment,
     VcpuState,
+    msr_reset_value,
 )
+from vmf.cpuid.layout import AMD_VENDORS
+from vmf.cpuid.table import CpuidRegisters, CpuidTable
 from vmf.errors import StateError
 from vmf.machine.memory import LOW_RAM_LIMIT
 from vmf_cpu_unicorn import convert, fast_stores, gates
@@ -55,6 +58,9 @@ _EXIT_REASONS = {
 _VECTOR_HAS_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
 _VECTOR_DB = 1
 _VECTOR_PF = 14
+_DR6_TRAPS = 0xE00F
+_DR6_ACTIVE_LOW = 1 << 16 | 1 << 11
+_CPUID_CALLBACK = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 def reset_state(tsc_khz: int, signature: int) -> VcpuState:
@@ -70,11 +76,7 @@ def reset_state(tsc_khz: int, signature: int) -> VcpuState:
         tr=Segment(0, 0, 0xFFFF, AR_PRESENT | 11),
         gdtr=DescriptorTable(0, 0xFFFF),
         idtr=DescriptorTable(0, 0xFFFF),
-        msrs={
-            **dict.fromkeys(REQUIRED_MSRS, 0),
-            MSR_IA32_PAT: 0x0007040600070406,
-            convert.MSR_IA32_MISC_ENABLE: convert.MISC_ENABLE_FAST_STRING,
-        },
+        msrs={index: msr_reset_value(index) for index in sorted({*REQUIRED_MSRS, MSR_IA32_MISC_ENABLE})},
         tsc_khz=tsc_khz,
     )
 
@@ -89,7 +91,9 @@ class UnicornVcpu(Vcpu):
         self._closed = False
         self._carried_msrs: dict[int, int] = {}
         self._shadow_kind = 1
-        self._exception_payload: int | None = None
+        self._payload: tuple[int, int] | None = None
+        """(vector, payload) of an exception that was restored and has not been raised yet."""
+        self._amd = environment.cpuid.vendor in AMD_VENDORS
         self._unusable_tr: tuple[bytes, Segment] | None = None
         memory, bus = environment.memory, environment.bus
         self._engine = engine = Engine(library, CODE_CACHE_BYTES)
@@ -137,6 +141,9 @@ class UnicornVcpu(Vcpu):
                 position = region.gpa + region.size
 
     def run(self, deadline_ns: int | None) -> VmExit:
+        if self._payload is not None:
+            self._deliver_payload(*self._payload)
+            self._payload = None
         reason = self._gate.run(deadline_ns)
         self._shadow_kind = 1
         known = _EXIT_REASONS.get(reason)
@@ -152,6 +159,15 @@ class UnicornVcpu(Vcpu):
             raise error  # KeyboardInterrupt and its like are not the guest's business
         return VmExit(ExitReason.ERROR, f"a device failed: {type(error).__name__}: {error}")
 
+    def _deliver_payload(self, vector: int, payload: int) -> None:
+        """What the delivery of an exception does to the registers (SDM vol. 3A 6.15, 18.2.3): CR2 for a page fault; DR6
+        for a debug exception, whose bits RTM (16) and bus lock (11) say by being clear that they were the cause."""
+        if vector == _VECTOR_PF:
+            ctypes.c_uint64.from_address(self._env + at.CR + 16).value = payload
+            return
+        dr6 = ctypes.c_uint64.from_address(self._env + at.DR + 48)
+        dr6.value = (dr6.value & ~_DR6_TRAPS | _DR6_ACTIVE_LOW | payload) ^ (payload & _DR6_ACTIVE_LOW)
+
     def halted_for_good(self) -> bool:
         return not at.read_pointer(self._env + at.EFLAGS) & convert.FLAG_IF
 
@@ -163,7 +179,7 @@ class UnicornVcpu(Vcpu):
 
     def save(self) -> VcpuState:
         blob = ctypes.string_at(self._env, at.ENV_SIZE)
-        found = convert.unpack(blob)
+        found = convert.unpack(blob, ctypes.string_at(self._env + at.MTRRS, at.MTRRS_SIZE), amd=self._amd)
         halted, inflight, exception, code, nmi_pending = self._gate.get_events()
         fields: dict[str, Any] = dict(found.fields)
         fields["msrs"] = {**self._carried_msrs, **fields["msrs"]}
@@ -173,19 +189,17 @@ class UnicornVcpu(Vcpu):
         events = PendingEvents(
             exception=exception if raised else None,
             exception_error_code=code if raised and exception in _VECTOR_HAS_CODE else None,
-            exception_payload=self._exception_payload if raised else None,
+            exception_payload=self._payload[1] if raised and self._payload is not None else None,
             interrupt=inflight if inflight >= 0 else None,
             nmi_pending=nmi_pending,
             nmi_masked=found.nmi_masked,
             interrupt_shadow=self._shadow_kind if found.interrupt_shadow else 0,
         )
-        return VcpuState(
-            **fields, events=events, halted=halted, tsc=self.read_tsc(), tsc_khz=self._environment.tsc_khz
-        )
+        return VcpuState(**fields, events=events, halted=halted, tsc=self.read_tsc(), tsc_khz=self._environment.tsc_khz)
 
     def restore(self, state: VcpuState) -> None:
         events = state.events
-        if events.interrupt_soft and events.interrupt is not None:
+        if events.interrupt_soft:
             raise StateError(
                 "vCPU state: a software interrupt is half delivered; the Unicorn backend cannot finish it.",
                 "Save the state at another instant.",
@@ -194,14 +208,14 @@ class UnicornVcpu(Vcpu):
             if events.exception >= 32 or events.exception == 2:
                 raise StateError(f"vCPU state: {events.exception} is not the vector of an exception.")
             if (events.exception in _VECTOR_HAS_CODE) != (events.exception_error_code is not None):
-                raise StateError(
-                    f"vCPU state: the error code of exception {events.exception} is missing or too much."
-                )
-        if state.tsc_khz and abs(state.tsc_khz - self._tsc_khz) * 4000 > self._tsc_khz:
-            raise StateError(
-                f"vCPU state: tsc_khz is {state.tsc_khz}; the Unicorn backend counts {self._tsc_khz} kHz here "
-                "and cannot scale it."
-            )
+                raise StateError(f"vCPU state: the error code of exception {events.exception} is missing or too much.")
+        if events.exception_payload is not None and events.exception not in (_VECTOR_DB, _VECTOR_PF):
+            raise StateError(f"vCPU state: exception {events.exception} has a payload; only 1 (#DB) and 14 (#PF) can.")
+        if events.exception_error_code is not None and events.exception is None:
+            raise StateError("vCPU state: an error code without an exception.")
+        rate = self._environment.tsc_khz
+        if state.tsc_khz not in (0, rate):
+            raise StateError(f"vCPU state: its tsc_khz is {state.tsc_khz}; the machine's TSC counts {rate} kHz.")
         blob = convert.pack(state)
         carried = convert.carried_msrs(state)
 
@@ -209,19 +223,19 @@ class UnicornVcpu(Vcpu):
         # Breakpoints of an earlier state are pointers in the structure: have the engine free them first.
         library.cpu_x86_update_dr7_x86_64(self._env, 0x400)
         ctypes.memmove(self._env, bytes(blob), len(blob))
+        ctypes.memmove(self._env + at.MTRRS, convert.pack_mtrrs(state), at.MTRRS_SIZE)
         library.x86_update_hflags_x86_64(self._env)
         library.update_fp_status_x86_64(self._env)
         library.update_mxcsr_status_x86_64(self._env)
+        library.cpu_x86_update_dr7_x86_64(self._env, state.dr[5])
         self._engine.flush_tlb()
         self._carried_msrs = carried
         usable = state.tr.access & AR_PRESENT and not state.tr.access & AR_UNUSABLE
         self._unusable_tr = None if usable else (convert.task_register_bytes(blob), convert.canonical(state.tr))
         self._shadow_kind = events.interrupt_shadow or 1
-        self._exception_payload = events.exception_payload
-        if events.exception == _VECTOR_PF and events.exception_payload is not None:
-            ctypes.c_uint64.from_address(self._env + at.CR + 16).value = events.exception_payload
-        elif events.exception == _VECTOR_DB and events.exception_payload is not None:
-            ctypes.c_uint64.from_address(self._env + at.DR + 48).value |= events.exception_payload
+        self._payload = None
+        if events.exception is not None and events.exception_payload is not None:
+            self._payload = (events.exception, events.exception_payload)
         self._gate.set_events(
             state.halted,
             -1 if events.interrupt is None else events.interrupt,
@@ -230,6 +244,26 @@ class UnicornVcpu(Vcpu):
             events.nmi_pending,
         )
         self.write_tsc(state.tsc)
+
+    def read_cpuid(self) -> CpuidTable:
+        """What CPUID answers: the very callback that the engine calls for the instruction is asked for every leaf of
+        the contract, and for those next to its ends."""
+        hooks = self._gate.hooks()
+        answer = _CPUID_CALLBACK(hooks["cpuid"])
+        contract = self._environment.cpuid
+        leaves = {*contract.entries, *((leaf + 1, 0) for leaf, _ in contract.entries), (0x4000_0000, 0)}
+        registers = (ctypes.c_uint64 * 4).from_address(self._env + at.REGS)
+        kept = list(registers)
+        entries: dict[tuple[int, int], CpuidRegisters] = {}
+        try:
+            for leaf, subleaf in leaves:
+                registers[0], registers[1] = leaf, subleaf
+                answer(None, hooks["user"])
+                eax, ecx, edx, ebx = registers
+                entries[leaf, subleaf] = CpuidRegisters(eax, ebx, ecx, edx)
+        finally:
+            registers[:] = kept
+        return CpuidTable(entries)
 
     def read_tsc(self) -> int:
         return (host_tsc() + at.read_pointer(self._env + at.TSC_OFFSET)) & _U64
