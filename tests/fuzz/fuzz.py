@@ -11,18 +11,20 @@ builds; nothing is downloaded), findings in `--findings`. A finding is mended, a
 `tests/fuzz/regressions/TARGET/`, from where the ordinary tests replay it.
 
 Each target runs in a process of its own, so that a crash, a hang (an input that takes `HANG_S`) or a leak
-(`RSS_LIMIT_MIB`) ends only that target and is told. The table at the end shows inputs, coverage and memory: the
-resident set when the seeds had been read, and at the end.
+(`RSS_LIMIT_MIB`) ends only that target and is told. The table shows inputs, coverage and memory: the resident set
+when the seeds had been read and at the end, and the objects that Python had allocated after 512 inputs and last.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -46,8 +48,26 @@ def one(name: str, arguments: list[str]) -> None:
         corpus = Path(arguments[0])
         for number, seed in enumerate(target.seeds()):
             (corpus / f"seed-{number:04}").write_bytes(seed)
-    atheris.Setup([sys.argv[0], *arguments], target.run)
+    atheris.Setup([sys.argv[0], *arguments], counted(target.run))
     atheris.Fuzz()
+
+
+def counted(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """The same, and at every power of two inputs the number of objects that Python has allocated is written down.
+
+    libFuzzer's own tables grow with the number of inputs, so the resident set alone does not tell whether vmf's do.
+    """
+    inputs = 0
+
+    def one_more(data: bytes) -> None:
+        nonlocal inputs
+        run(data)
+        inputs += 1
+        if inputs >= 512 and not inputs & (inputs - 1):
+            gc.collect()
+            print(f"allocated {sys.getallocatedblocks()}", file=sys.stderr, flush=True)
+
+    return one_more
 
 
 def figures(log: str) -> dict[str, int]:
@@ -60,6 +80,9 @@ def figures(log: str) -> dict[str, int]:
             found |= {"corpus": int(corpus), "rss": int(rss)}
             if word == "INITED":
                 found["rss at start"] = int(rss)
+        elif line.startswith("allocated "):
+            found["objects"] = int(line.split()[1])
+            found.setdefault("objects at start", found["objects"])
     return found
 
 
@@ -111,14 +134,17 @@ def main() -> int:
         picked[0].run(chosen.replay.read_bytes())
         return 0
     shares = sum(target.share for target in picked)
-    print("| target | inputs | seconds | coverage | features | corpus | RSS MiB at start | at the end | |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| target | inputs | seconds | coverage | features | corpus | RSS MiB, start | end | objects, start | end | |"
+    )
+    print("|---" * 11 + "|", flush=True)
     inputs = seconds = 0
     failed = False
     for target in picked:
         wanted = chosen.minutes * 60 * target.share / shares
         row = run(target.name, wanted, target.max_length, chosen.corpus, chosen.findings)
-        columns = ("target", "inputs", "seconds", "coverage", "features", "corpus", "rss at start", "rss", "end")
+        columns = ("target", "inputs", "seconds", "coverage", "features", "corpus", "rss at start", "rss")
+        columns += ("objects at start", "objects", "end")
         print("| " + " | ".join(str(row.get(column, "?")) for column in columns) + " |", flush=True)
         inputs += int(row.get("inputs", 0))
         seconds += int(row["seconds"])

@@ -162,6 +162,8 @@ def test_a_read_only_place_is_reported(tmp_path: Path) -> None:
         (("a.example",), (), True),
         (("a.example", "b"), ("b",), True),
         (("A.Example",), ("a.example.",), True),
+        (("0:0:0:0:0:0:0:1",), ("::1",), True),
+        (("192.0.2.1",), ("192.0.2.10",), False),
         (("a.example",), ("example",), False),
         (("*.example",), ("a.example",), False),
         ((), ("a",), False),

@@ -359,7 +359,8 @@ def test_expiry_is_named_days_ahead(make: Maker, listening: Listening, caplog: p
     for role in ("server", "client"):
         assert any(f"{role}-cert.pem expires in 5 days" in text for text in caplog.messages), caplog.messages
     channel = listener.accept(10)
-    assert "expires in 5 days" in channel.notices[0]  # type: ignore[attr-defined]
+    assert "expires in 5 days" in channel.notices[0]
+    assert "server-cert.pem expires in 5 days" in listener.notices[0]
     channel.close()
 
 

@@ -44,11 +44,12 @@ def startvm(name: str, detach: bool, with_console: bool, insecure: bool, as_json
         ready = spawn_detached(home(), name, insecure=insecure)
         if as_json:
             say(json.dumps({"name": name, **ready}))
-        elif ready["address"]:
+            return
+        for line in ready.get("notices", ()):
+            say(line)
+        if ready["address"]:
             say(f"Machine '{name}' waits for a teleport at {ready['address']} (process {ready['pid']}).")
         else:
-            for line in ready.get("notices", ()):
-                say(line)
             say(f"Machine '{name}' is running (process {ready['pid']}).")
         return
     observer = _Foreground(home(), name, with_console, as_json)

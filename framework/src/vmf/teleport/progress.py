@@ -41,7 +41,7 @@ class ProgressEvent:
         throttle: fraction of time the guest is kept from running.
         converging: whether it is getting there; None when it is too early to say.
         elapsed_ns: since the teleport began.
-        message: one line for people, set when a session at the target fails.
+        message: one line for people: why a session at the target failed, or a notice of the transport.
     """
 
     role: str

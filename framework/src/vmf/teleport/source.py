@@ -252,7 +252,12 @@ class _Source:
         return self._stop_and_copy(sender, rounds, rest)
 
     def _shake_hands(self) -> None:
-        self._report.phase(Phase.HELLO, teleport_id=self._teleport_id.hex(), ram_bytes=self._machine.memory.size)
+        self._report.phase(
+            Phase.HELLO,
+            teleport_id=self._teleport_id.hex(),
+            ram_bytes=self._machine.memory.size,
+            message=m.clean_text(" ".join(self._link.channel.notices)),
+        )
         name = m.clean_text(self._machine.name, 255)
         self._link.send(m.Hello(self._teleport_id, m.PROTOCOL_VERSIONS, m.FEATURES, software(), name))
         welcome, _ = self._expect(m.Welcome)

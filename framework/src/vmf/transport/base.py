@@ -35,7 +35,12 @@ class Address:
 
 
 class Channel(ABC):
-    """One byte stream. Errors: TransportTimeout, TransportClosed, TransportError."""
+    """One byte stream. Errors: TransportTimeout, TransportClosed, TransportError.
+
+    `notices` are what the user should know although it works, one line each: a certificate that expires soon.
+    """
+
+    notices: tuple[str, ...] = ()
 
     local: Address
     remote: Address
@@ -84,6 +89,8 @@ class Listener(ABC):
 
     address: Address
     """Where it listens, with the port that was really taken."""
+    notices: tuple[str, ...] = ()
+    """As of `Channel`."""
 
     @abstractmethod
     def accept(self, timeout: float | None) -> Channel:

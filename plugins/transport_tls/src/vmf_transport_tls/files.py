@@ -12,6 +12,7 @@ somebody issued a certificate for this purpose.
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import os
 import ssl
 import stat
@@ -22,6 +23,7 @@ from typing import Any, Literal
 from attrs import frozen
 
 from vmf.errors import TransportError
+from vmf_transport_tls.ciphers import prefer_fast
 
 Role = Literal["server", "client"]
 
@@ -88,9 +90,7 @@ def load(directory: Path, role: Role) -> Credentials:
     else:
         context.hostname_checks_common_name = False
     context.verify_mode = ssl.CERT_REQUIRED
-    faster = getattr(context, "set_ciphersuites", None)  # Python 3.15
-    if faster is not None:
-        faster("TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
+    prefer_fast(context)
     try:
         context.load_verify_locations(cafile=ca)
     except (ssl.SSLError, OSError) as error:
@@ -167,7 +167,7 @@ def _check_private(key: Path) -> None:
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise TransportError(
             f"{key} can be read or changed by other users (mode {stat.S_IMODE(status.st_mode):04o}).",
-            f"chmod 600 {key} - and if somebody else could have read it, issue a new certificate.",
+            f"Do `chmod 600 {key}`, and if somebody else could have read it, issue a new certificate.",
         )
     if status.st_uid not in (0, os.geteuid()):
         raise TransportError(f"{key} belongs to user {status.st_uid}.", "Make a copy of your own, mode 0600.")
@@ -261,7 +261,11 @@ def peer_names(peer: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The same of `SSLObject.getpeercert()`."""
     if not peer:
         return ()
-    names = [value for kind, value in peer.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
+    names = [
+        _plain(value) if kind == "IP Address" else value
+        for kind, value in peer.get("subjectAltName", ())
+        if kind in ("DNS", "IP Address")
+    ]
     names += [value for part in peer.get("subject", ()) for key, value in part if key == "commonName"]
     return tuple(dict.fromkeys(str(name) for name in names))
 
@@ -272,4 +276,8 @@ def is_allowed(names: tuple[str, ...], allow: tuple[str, ...]) -> bool:
 
 
 def _plain(name: str) -> str:
-    return name.lower().rstrip(".")
+    """A name or an address in the one form in which they are compared (::1 has several)."""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name.lower().rstrip(".")

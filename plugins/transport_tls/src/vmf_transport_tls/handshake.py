@@ -233,7 +233,7 @@ def _explain(error: ssl.SSLError, who: str, hostname: str = "") -> tuple[str, st
         if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
             return (
                 f"the target's certificate is not for {clean(hostname, 255)!r}",
-                "Use the name that is in it, or give that name with --tls-hostname.",
+                "Use a name that is in it (`vmf tls show` there lists them), or give that name with --tls-hostname.",
             )
         what, remedy = _VERIFY.get(
             error.verify_code, (f"is refused ({error.verify_message})", "Issue a new certificate.")

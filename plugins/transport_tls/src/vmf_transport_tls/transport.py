@@ -56,6 +56,7 @@ class TlsListener(Listener):
     ) -> None:
         """Takes the acceptor over."""
         self.address = acceptor.address
+        self.notices = credentials.notices
         self._acceptor = acceptor
         self._credentials = credentials
         self._allow = allow
