@@ -1,0 +1,151 @@
+"""Machines with a disk on shared storage, between two hosts with processes of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmf.errors import TeleportError, VmfError
+from vmf.machine.config import DriveConfig, MachineConfig
+from vmf.plugins.bridge import PluginRegistry
+from vmf.storage.media import lease_of
+from vmf.testing.disks import disk_guest
+from vmf.testing.hosts import Host
+
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
+
+MIB = 1 << 20
+STAMP = """
+i=0
+while true; do
+    i=$((i+1))
+    printf '%016d' $i | dd of=/dev/vda bs=512 seek=$i conv=fsync,notrunc 2>/dev/null || echo "FAILED $i"
+    echo "stamped $i"
+done
+"""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "shared" / "disk.img"
+    path.parent.mkdir()
+    PluginRegistry().storage("file").create(str(path), 8 * MIB)
+    return path
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    with Host(tmp_path / "a") as a, Host(tmp_path / "b") as b:
+        yield a, b
+
+
+def machine(disk: Path, *, size: str = "") -> MachineConfig:
+    try:
+        guest = disk_guest(STAMP)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return MachineConfig(
+        name="vm",
+        memory_mib=128,
+        kernel=guest.kernel,
+        initrd=guest.initrd,
+        devices=("pc", "virtio"),
+        drives=(DriveConfig(port=0, medium=str(disk)),),
+    )
+
+
+def stamps(*hosts: Host) -> list[int]:
+    return [int(each) for host in hosts for each in re.findall(rb"stamped (\d+)", host.output("vm"))]
+
+
+def verify(disk: Path, acknowledged: int) -> None:
+    """Every acknowledged write is there."""
+    with disk.open("rb") as file:
+        for number in range(1, min(acknowledged, 8 * MIB // 512 - 1) + 1):
+            file.seek(number * 512)
+            assert file.read(16) == b"%016d" % number, f"write {number} of {acknowledged} is lost"
+
+
+def test_every_acknowledged_write_is_there_after_teleports(hosts: tuple[Host, Host], disk: Path) -> None:
+    for host in hosts:
+        host.define(machine(disk))
+    source, target = hosts
+    source.start("vm")
+    source.wait_for_more("vm", b"stamped ", timeout=300)
+    last = 0
+    for _ in range(4):
+        port = target.wait("vm")
+        with source.client("vm") as client:
+            summary = client.teleport("127.0.0.1", port, max_downtime_ms=500)
+        target.wait_for_more("vm", b"stamped ", timeout=300)
+        print(f"downtime {summary['downtime_ns'] / 1e6:.1f} ms")
+        assert b"FAILED" not in target.output("vm")
+        assert b"I/O error" not in target.output("vm")
+        last = max(last, *stamps(source, target))
+        source.wait_gone("vm")
+        source, target = target, source
+    lease = lease_of(PluginRegistry(), str(disk))
+    assert (lease.standing, lease.generation, lease.alive) == ("held", 5, True)
+    with source.client("vm") as client:
+        client.power_off()
+    source.wait_gone("vm")
+    verify(disk, max(last, *stamps(source)))
+    assert lease_of(PluginRegistry(), str(disk)).standing == "free"
+
+
+def test_a_second_machine_is_refused_with_the_owners_name(hosts: tuple[Host, Host], disk: Path) -> None:
+    for host in hosts:
+        host.define(machine(disk))
+    hosts[0].start("vm")
+    with pytest.raises(VmfError, match=r"in use: it is held by machine vm on host"):
+        hosts[1].start("vm")
+    hosts[0].kill("vm", signal.SIGKILL)
+    hosts[0].wait_gone("vm")
+    hosts[1].start("vm")  # the lock has gone with the process; the same kernel proves it
+
+
+def test_another_image_is_refused_and_the_source_goes_on(hosts: tuple[Host, Host], disk: Path) -> None:
+    source, target = hosts
+    other = disk.with_name("other.img")
+    other.write_bytes(disk.read_bytes())
+    source.define(machine(disk))
+    target.define(machine(other))
+    source.start("vm")
+    source.wait_for_more("vm", b"stamped ", timeout=300)
+    port = target.wait("vm")
+    with source.client("vm") as client, pytest.raises(TeleportError, match="image of the drive at port 0"):
+        client.teleport("127.0.0.1", port)
+    other.unlink()
+    with source.client("vm") as client, pytest.raises(TeleportError, match="missing"):
+        client.teleport("127.0.0.1", port)
+    other.symlink_to(disk)
+    source.wait_for_more("vm", b"stamped ", timeout=100)
+    with source.client("vm") as client:  # the same image by another name
+        client.teleport("127.0.0.1", port, max_downtime_ms=500)
+    target.wait_for_more("vm", b"stamped ", timeout=300)
+    shown = json.loads(target.vmf("media", "locks", "--json").stdout)
+    assert shown[0]["alive"]
+
+
+def test_a_stopped_target_does_not_get_the_machine_any_more(hosts: tuple[Host, Host], disk: Path) -> None:
+    """SIGSTOP of the target in the middle of a teleport: the source goes on, and the target that wakes up waits."""
+    source, target = hosts
+    for host in hosts:
+        host.define(machine(disk))
+    source.start("vm")
+    source.wait_for_more("vm", b"stamped ", timeout=300)
+    port = target.wait("vm")
+    target.kill("vm", signal.SIGSTOP)
+    with source.client("vm") as client, pytest.raises(TeleportError):
+        client.teleport("127.0.0.1", port, timeout_s=5)
+    source.wait_for_more("vm", b"stamped ", timeout=100)
+    target.kill("vm", signal.SIGCONT)
+    assert target.wait_for_state("vm", "teleportingin") == "teleportingin"
+    with source.client("vm") as client:
+        client.teleport("127.0.0.1", port, max_downtime_ms=500)
+    target.wait_for_more("vm", b"stamped ", timeout=300)
