@@ -1,0 +1,210 @@
+"""Machines with disks: Debian from a disk, checked I/O through teleports, resets and kills."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from vmf.machine.config import DriveConfig, MachineConfig
+from vmf.machine.machine import Machine, wait_until
+from vmf.machine.states import MachineState
+from vmf.testing import disks, guests
+from vmf.testing.hosts import Host
+
+pytestmark = pytest.mark.linux
+
+HOPS = 6
+DISK_MIB = 64
+_REPORT = re.compile(rb"diskcheck: (\w+) rounds=(\d+) writes=(\d+) reads=(\d+) errors=(\d+)")
+
+
+def machine(guest: guests.LinuxGuest, *media: Path, name: str = "box", **more: Any) -> MachineConfig:
+    return MachineConfig(
+        name=name,
+        memory_mib=more.pop("memory_mib", 128),
+        kernel=guest.kernel,
+        initrd=guest.initrd,
+        cmdline=f"{guest.cmdline} loglevel=4",
+        cpu_backend="unicorn",
+        devices=("pc", "virtio"),
+        drives=tuple(DriveConfig(port=port, medium=str(medium)) for port, medium in enumerate(media)),
+        **more,
+    )
+
+
+def diskcheck(arguments: str) -> guests.LinuxGuest:
+    try:
+        return disks.diskcheck_guest(arguments)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def blank(directory: Path, mib: int = DISK_MIB) -> Path:
+    path = directory / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(mib << 20)
+    return path
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    with Host(tmp_path / "a") as first, Host(tmp_path / "b") as second:
+        yield first, second
+
+
+class Screen:
+    """A machine in this process, and what is on its console."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self.machine = Machine(config)
+        self.output = bytearray()
+        self.machine.console.add_listener(self.output.extend)
+
+    def expect(self, text: bytes, timeout: float, start: int = 0) -> None:
+        wait_until(lambda: text in self.output[start:] or self.machine.state is not MachineState.RUNNING, timeout)
+        assert text in self.output[start:], self.output[-2000:].decode(errors="replace")
+
+    def command(self, line: str, timeout: float = 60) -> str:
+        """Type a command into a shell; what it printed."""
+        start = len(self.output)
+        self.machine.type(f"{line}; echo do''ne\r".encode())
+        self.expect(b"done\r\n", timeout, start)
+        return self.output[start:].decode(errors="replace").replace("\r", "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_debian_boots_from_a_disk_to_a_login_prompt(tmp_path: Path) -> None:
+    root = disks.debian_root()
+    if root.path is None:
+        pytest.skip(root.reason)
+    image = disks.copy_image(root.path, tmp_path / "root.img")
+    screen = Screen(machine(disks.root_guest(), image, memory_mib=512))
+    with screen.machine as debian:
+        debian.start()
+        screen.expect(b"login:", 240)
+        debian.type(b"root\r")
+        screen.expect(b"# ", 60)
+        screen.command("cp -a /usr/bin /root/copy && sync")
+        screen.command("echo 3 > /proc/sys/vm/drop_caches")
+        assert "the same" in screen.command("diff -r /usr/bin /root/copy && echo the sa''me", 120)
+        assert "0 loaded units" in screen.command("systemctl --failed --no-pager")
+        assert "virtio_rng" in screen.command("cat /sys/class/misc/hw_random/rng_current")
+        screen.command("echo u > /proc/sysrq-trigger; sleep 2")  # all file systems become read-only
+    checked = subprocess.run(
+        [shutil.which("e2fsck", path="/usr/sbin:/sbin") or "e2fsck", "-fn", str(image)], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def reports(output: bytes) -> list[tuple[bytes, int, int]]:
+    """(verdict, rounds, errors) of each report."""
+    return [(verdict, int(rounds), int(errors)) for verdict, rounds, _, _, errors in _REPORT.findall(output)]
+
+
+@pytest.mark.timeout(300)
+def test_no_write_is_lost_through_teleports(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Four processes write, read, zero and discard; the machine is moved in the middle of it."""
+    guest = diskcheck(f"check /dev/vda -m {DISK_MIB} -z")
+    for host in hosts:
+        host.define(machine(guest, blank(tmp_path)))
+    source, target = hosts
+    source.start("box")
+    source.wait_for_output("box", b"diskcheck: ok", 120)
+    for _ in range(HOPS):
+        port = target.wait("box")
+        time.sleep(random.random())
+        with source.client("box") as client:
+            client.teleport("127.0.0.1", port)
+        source.wait_gone("box")
+        source, target = target, source
+        source.wait_for_output("box", b"diskcheck: ", 60)
+    time.sleep(1.5)
+    output = source.output("box")
+    found = reports(output)
+    assert b"MISMATCH" not in output
+    assert {verdict for verdict, _, _ in found} == {b"ok"}
+    assert found[-1][1] > found[0][1], "it goes on"
+
+
+@pytest.mark.timeout(300)
+def test_what_was_acknowledged_survives_a_kill(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Every block that the guest's fsync acknowledged is there after SIGKILL of the machine's process under load."""
+    blocks, disk, host = 64, blank(tmp_path, 4), hosts[0]
+    host.define(machine(diskcheck(f"stamp /dev/vda {blocks}"), disk))
+    host.start("box")
+    host.wait_for_output("box", b"stamped 100", 120)
+    host.kill("box")
+    host.wait_gone("box")
+    last = int(re.findall(rb"stamped (\d+)\r?\n", host.output("box"))[-1])
+    host.define(machine(diskcheck(f"verify /dev/vda {blocks} {last}"), disk))
+    host.start("box")
+    output = host.wait_for_output("box", b"verify: ", 120)
+    assert b"MISMATCH" not in output
+
+
+@pytest.mark.timeout(300)
+def test_pauses_resets_and_another_engine_under_load(tmp_path: Path) -> None:
+    screen = Screen(machine(diskcheck(f"check /dev/vda -m {DISK_MIB}"), blank(tmp_path)))
+    with screen.machine as box:
+        box.start()
+        screen.expect(b"diskcheck: ok", 120)
+        for _ in range(20):
+            box.pause()
+            box.resume()
+            time.sleep(0.02)
+        for _ in range(3):
+            box.switch_backend("unicorn")
+            time.sleep(0.1)
+        before = len(screen.output)
+        box.reset()
+        screen.expect(b"diskcheck: ok", 120, before)
+        time.sleep(1)
+        assert b"MISMATCH" not in screen.output
+        assert b"FAILED" not in screen.output
+
+
+@pytest.mark.timeout(300)
+def test_read_only_media_empty_drives_entropy_and_console(tmp_path: Path) -> None:
+    try:
+        guest = disks.disk_guest(
+            "cat /proc/partitions; for d in a b c; do echo ro vd$d $(cat /sys/block/vd$d/ro); done;"
+            " head -c 11 /dev/vdb; echo; echo x > /dev/vdb; echo write $?; head -c 16 /dev/hwrng | wc -c;"
+            " echo to hvc0 > /dev/hvc0; cat /sys/block/vda/serial; echo; cat /sys/block/vda/queue/write_cache"
+        )
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    dvd = tmp_path / "dvd.iso"
+    dvd.write_bytes(b"hello world".ljust(1 << 20, b"\0"))
+    config = machine(guest, blank(tmp_path, 4), device_options={"virtio": {"console": True}})
+    drives = (*config.drives, DriveConfig(port=1, type="dvddrive", medium=str(dvd)), DriveConfig(port=2, type="floppy"))
+    screen = Screen(attrs.evolve(config, drives=drives))
+    with screen.machine as box:
+        box.start()
+        screen.expect(b"the command ended", 120)
+    text = screen.output.decode().replace("\r", "")
+    assert re.search(r"\b4096 vda\n.*\b1024 vdb\n", text)
+    assert "ro vda 0\nro vdb 1\nro vdc 0\n" in text
+    assert "hello world\n" in text
+    assert re.search(r"write [1-9]\n16\n", text)
+    assert "to hvc0" in text
+    assert "vmf-hdd-0\nwrite back\n" in text
+
+
+def test_a_machine_without_virtio_is_as_before() -> None:
+    """No PCI in it, and the same state and description as ever."""
+    box = Machine(MachineConfig(name="box", memory_mib=32, image=guests.builtin_guest(), cpu_backend="unicorn"))
+    with box:
+        box.start(paused=True)
+        assert box.info()["devices"] == ["pc.i8259", "pc.i8254", "pc.uart16550", "pc.cmos", "pc.control"]
+        assert box.hardware.bus.port_read(0xCF8, 4) == 0xFFFF_FFFF
+        assert box.hardware.bus.mmio_ranges == ()
