@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from vmf.cli.app import json_option
 from vmf.cli.cancelling import Cancelling
@@ -131,6 +132,14 @@ def reset(name: str) -> None:
 )
 @click.option("--cancel", is_flag=True, help="Cancel the teleport that is under way.")
 @click.option("--check", "check_only", is_flag=True, help="Run every check against the target, and move nothing.")
+@click.option("--status", is_flag=True, help="Tell what is known of a teleport that was cut short, and ask its target.")
+@click.option(
+    "--resolve",
+    "resolution",
+    type=click.Choice(["resume", "discard"]),
+    help="Decide a handover that nobody confirmed: let the machine go on here, or give it up here.",
+)
+@click.option("--force", is_flag=True, help="With --resolve: even where the machine may run twice, or be lost.")
 @click.option(
     "--progress",
     type=click.Choice(["auto", "plain", "json", "none"]),
@@ -153,6 +162,9 @@ def teleport(
     password_file: str | None,
     cancel: bool,
     check_only: bool,
+    status: bool,
+    resolution: str | None,
+    force: bool,
     progress: str,
     as_json: bool,
 ) -> int:
@@ -162,6 +174,9 @@ def teleport(
     --check both machines go on undisturbed; everything that speaks against the teleport is listed, and the exit
     status is 1 when there is anything.
 
+    Should the connection break just when the machine is handed over, it stays stopped here, because it may run there.
+    --status then asks the target, and --resolve decides.
+
     \b
     Examples:
       vmf controlvm web teleport --host otherhost --port 6000
@@ -170,12 +185,33 @@ def teleport(
       vmf controlvm web teleport --host otherhost --port 6000 --transport tls
       vmf controlvm web teleport --host otherhost --port 6000 --password-file secret
       vmf controlvm web teleport --cancel
+      vmf controlvm web teleport --status
+      vmf controlvm web teleport --resolve resume
     """
-    if cancel and check_only:
-        raise click.UsageError("--cancel and --check exclude each other.", click.get_current_context())
+    ctx = click.get_current_context()
+    chosen = {"--cancel": cancel, "--check": check_only, "--status": status, "--resolve": resolution is not None}
+    given = [option for option, wanted in chosen.items() if wanted]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other.", ctx)
+    if force and resolution is None:
+        raise click.UsageError("--force goes with --resolve.", ctx)
     if cancel:
         _cancel(name, as_json)
         return 0
+    if status or resolution is not None:
+        from vmf.cli import doubt
+
+        peer = {
+            "host": host,
+            "port": port,
+            "transport": transport if ctx.get_parameter_source("transport") is not ParameterSource.DEFAULT else None,
+            "options": _transport_options(tls_dir, tls_hostname) or None,
+            "password": password_from("--password", password, password_file),
+        }
+        peer = {key: value for key, value in peer.items() if value is not None}
+        if resolution is None:
+            return doubt.show_status(name, peer, as_json)
+        return doubt.resolve(name, resolution, force, peer, as_json)
     if host is None or port is None:
         missing = " and ".join(option for option, value in (("--host", host), ("--port", port)) if value is None)
         raise click.UsageError(f"A teleport needs {missing}.", click.get_current_context())

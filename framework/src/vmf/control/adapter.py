@@ -18,6 +18,7 @@ from vmf.transport.base import Address
 if TYPE_CHECKING:
     from vmf.machine.config import MachineConfig
     from vmf.plugins.bridge import PluginRegistry
+    from vmf.teleport.journal import Journal
     from vmf.teleport.progress import ProgressEvent
 
 
@@ -131,7 +132,27 @@ class MachineAdapter:
     def cancel_trace(self) -> bool:
         return self.machine.cancel_trace()
 
-    def teleport_status(self) -> Plain:
+    def use_journal(self, journal: Journal) -> None:
+        """Write teleports down there; before the first one."""
+        self.machine.journal = journal
+
+    def resolve_teleport(self, how: str, force: bool, peer: Plain | None = None) -> str:
+        where, password = self._peer(peer)
+        return self.machine.resolve_teleport(how, force=force, peer=where, password=password)
+
+    def _peer(self, peer: Plain | None) -> tuple[Address | None, str | None]:
+        """Who is to be asked: the target of the teleport in doubt, with what `peer` says otherwise."""
+        doubt = self.machine.doubt
+        if not peer or doubt is None:
+            return None, None
+        usual = doubt.entry.peer
+        options = {**usual.options, **peer.get("options", {})}
+        where = Address(
+            peer.get("transport", usual.scheme), peer.get("host", usual.host), peer.get("port", usual.port), options
+        )
+        return where, peer.get("password")
+
+    def teleport_status(self, ask: bool = False, peer: Plain | None = None) -> Plain:
         state = self.machine.state
         role = "target" if state is MachineState.TELEPORTING_IN else "source"
         active = state in (MachineState.TELEPORTING_IN, MachineState.TELEPORTING, MachineState.TELEPORTING_PAUSED)
@@ -140,7 +161,12 @@ class MachineAdapter:
             "role": role if active else "",
             "progress": self._last_event,
             "summary": plain(self.machine.summary),
+            "doubt": plain(self._doubt(ask, peer)),
         }
+
+    def _doubt(self, ask: bool, peer: Plain | None) -> Plain | None:
+        where, password = self._peer(peer)
+        return self.machine.teleport_in_doubt(asking=ask, peer=where, password=password)
 
     def console_write(self, data: bytes) -> int:
         return self.machine.type(data)

@@ -164,8 +164,24 @@ class ControlClient:
         """End a trace under way, with what there is; False when there is none."""
         return bool(self._mapping("trace.cancel", timeout=30).get("cancelled"))
 
-    def teleport_status(self) -> Plain:
-        return self._mapping("teleport.status", timeout=30)
+    def teleport_status(self, *, ask: bool = False, peer: Mapping[str, Any] | None = None) -> Plain:
+        """What is under way, and what is known of a handover that nobody confirmed ("doubt").
+
+        Args:
+            ask: ask the target, too.
+            peer: another one: "host", "port", "transport", "options", "password", all optional.
+        """
+        params: Plain = {"ask": True} if ask else {}
+        if peer:
+            params["peer"] = dict(peer)
+        return self._mapping("teleport.status", params, timeout=60)
+
+    def resolve_teleport(self, how: str, *, force: bool = False, peer: Mapping[str, Any] | None = None) -> str:
+        """Decide a handover that nobody confirmed: "resume" here, or "discard"; what was found and done."""
+        params: Plain = {"how": how, "force": force}
+        if peer:
+            params["peer"] = dict(peer)
+        return str(self._mapping("teleport.resolve", params, timeout=120).get("done", ""))
 
     def events(self) -> Iterator[Plain]:
         """Subscribe, and give every event from now on until the machine's process ends."""

@@ -28,11 +28,13 @@ from attrs import define, evolve
 
 from vmf.control import rpc
 from vmf.control.console import ConsoleServer
-from vmf.control.seam import ControlledMachine, Plain
+from vmf.control.seam import ControlledMachine, Plain, WritesJournal
 from vmf.control.server import ControlServer
 from vmf.errors import InvalidStateError, MachineError, TeleportCancelled, VmfError
 from vmf.machine.config import MachineConfig
+from vmf.machine.doubt import refuse_in_doubt
 from vmf.machine.home import Home, MachinePaths
+from vmf.machine.journal import FileJournal, clear_interrupted
 
 log = logging.getLogger("vmf.process")
 
@@ -88,7 +90,12 @@ def run_machine_process(
             config = evolve(config, teleporter=evolve(config.teleporter, insecure=True))
         outcome = _Outcome()
         try:
+            if not config.teleporter.enabled:  # what only waits can make no second copy
+                refuse_in_doubt(home, name)
+            clear_interrupted(home, name)
             machine = (make_machine or _real_machine)(config, lambda problem: watcher.notice(f"warning: {problem}"))
+            if isinstance(machine, WritesJournal):
+                machine.use_journal(FileJournal(home, name))
             with contextlib.closing(machine):
                 _serve(machine, config, paths, watcher, outcome)
         except VmfError as error:
@@ -150,7 +157,10 @@ def _serve(
 
 def _live(machine: ControlledMachine, config: MachineConfig, watcher: Observer, stopping: threading.Event) -> str:
     if config.teleporter.enabled:
-        watcher.waiting(machine.listen())
+        address = machine.listen()
+        for text in machine.info().get("teleporter_notices", ()):
+            watcher.notice(f"warning: {text}")
+        watcher.waiting(address)
         if stopping.is_set():
             machine.cancel_teleport()
         try:
@@ -262,6 +272,7 @@ class _Reporter(Observer):
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._notices: list[str] = []
 
     def tell(self, message: Plain) -> None:
         """Once only: the pipe is closed afterwards."""
@@ -273,7 +284,9 @@ class _Reporter(Observer):
 
     def waiting(self, address: str) -> None:
         log.info("Waiting for a teleport at %s.", address)
-        self.tell({"ready": {"pid": os.getpid(), "state": "teleportingin", "address": address}})
+        self.tell(
+            {"ready": {"pid": os.getpid(), "state": "teleportingin", "address": address, "notices": self._notices}}
+        )
 
     def arriving(self, event: Mapping[str, Any]) -> None:
         if event.get("message"):
@@ -293,6 +306,7 @@ class _Reporter(Observer):
         self.tell({"ready": {"pid": os.getpid(), "state": state, "address": "", "notices": notices}})
 
     def notice(self, text: str) -> None:
+        self._notices.append(text)
         log.info("%s", text)
 
 

@@ -9,10 +9,21 @@ Progress of a teleport is a `vmf.teleport.progress.ProgressEvent` as a mapping, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from vmf.teleport.journal import Journal
 
 Plain = dict[str, Any]
 ProgressCallback = Callable[[Mapping[str, Any]], None]
+
+
+@runtime_checkable
+class WritesJournal(Protocol):
+    """Optional: a machine whose teleports can be written down."""
+
+    def use_journal(self, journal: Journal) -> None:
+        """Write them down there; called before the first one."""
 
 
 class ControlledMachine(Protocol):
@@ -79,8 +90,16 @@ class ControlledMachine(Protocol):
     def cancel_trace(self) -> bool:
         """Ask a trace under way to end; False when there is none. Does not wait."""
 
-    def teleport_status(self) -> Plain:
-        """{"active": bool, "role": "source"|"target"|"", "progress": the last event, "summary": of the last one}."""
+    def teleport_status(self, ask: bool = False, peer: Plain | None = None) -> Plain:
+        """{"active": bool, "role": "source"|"target"|"", "progress": the last event, "summary": of the last one,
+        "doubt": what is known of a handover that nobody confirmed, or None}.
+
+        With `ask` the target is asked, which may take some seconds; `peer` may name another one: "host", "port",
+        "transport", "options", "password", all optional.
+        """
+
+    def resolve_teleport(self, how: str, force: bool, peer: Plain | None = None) -> str:
+        """Decide a handover that nobody confirmed, "resume" or "discard"; what was found and done, for people."""
 
     def console_write(self, data: bytes) -> int:
         """Type at the serial console; how many bytes were taken. Does not block."""

@@ -57,7 +57,8 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
         "password": (str,),
     },
     "teleport.cancel": {},
-    "teleport.status": {},
+    "teleport.status": {"ask": (bool,), "peer": (dict,)},
+    "teleport.resolve": {"how": (str,), "force": (bool,), "peer": (dict,)},
     "switch_backend": {"backend": (str,)},
     "trace": {"instructions": (int,), "output": (str,), "json_lines": (bool,)},
     "trace.cancel": {},
@@ -67,6 +68,7 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
 _REQUIRED = {
     "teleport": ("host", "port"),
     "teleport.check": ("host", "port"),
+    "teleport.resolve": ("how",),
     "switch_backend": ("backend",),
     "trace": ("instructions", "output"),
 }
@@ -173,7 +175,14 @@ class ControlServer:
                 params["host"], params["port"], params.get("transport", "tcp"), **_options(params)
             ),
             "teleport.cancel": lambda: {"cancelled": machine.cancel_teleport()},
-            "teleport.status": machine.teleport_status,
+            "teleport.status": lambda: (
+                machine.teleport_status(params.get("ask", False), params.get("peer"))
+                if params
+                else machine.teleport_status()
+            ),
+            "teleport.resolve": lambda: {
+                "done": machine.resolve_teleport(params["how"], params.get("force", False), params.get("peer"))
+            },
             "switch_backend": lambda: machine.switch_backend(params["backend"]),
             "trace.cancel": lambda: {"cancelled": machine.cancel_trace()},
         }
@@ -364,6 +373,13 @@ def _checked(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
             raise ControlError("trace: at least one instruction is needed.", "Ask for more.")
         if not params["output"].startswith("/"):
             raise ControlError("trace: the output is not an absolute path.", "Give it from the root on.")
+    if method in ("teleport.status", "teleport.resolve"):
+        kinds = {"host": str, "port": int, "transport": str, "options": dict, "password": str}
+        for name, value in params.get("peer", {}).items():
+            if name not in kinds or type(value) is not kinds[name]:
+                raise ControlError(f"{method}: peer has an odd {name!r}.", f"Known are {', '.join(kinds)}.")
+        if params.get("how", "resume") not in ("resume", "discard"):
+            raise ControlError(f"{method}: how is neither resume nor discard.", "Choose one.")
     if method in ("teleport", "teleport.check"):
         if not 1 <= params["port"] <= 65535:
             raise ControlError(f"{method}: port {params['port']} is outside 1 to 65535.", "Give the target's port.")

@@ -258,7 +258,15 @@ class Home:
         return found if isinstance(found, dict) else {}
 
     def resting_state(self, name: str) -> str:
-        """The state of a machine that has no process: "poweredoff", "aborted", "teleported" or "failed"."""
+        """The state of a machine that has no process: "poweredoff", "aborted", "teleported", "failed" or "uncertain".
+
+        The last: it was handed over to another host, which did not confirm it.
+        """
+        if (self.paths(name).definition.parent / "teleports").exists():
+            from vmf.machine.journal import in_doubt
+
+            if in_doubt(self, name) is not None:
+                return "uncertain"
         if self.aborted(name):
             return "aborted"
         return str(self.last_run(name).get("state", "poweredoff"))

@@ -46,10 +46,12 @@ from vmf.machine.states import RUNNABLE, MachineState, check_transition
 from vmf.machine.storage import MachineStorage
 from vmf.machine.teleporter import ProgressListener, Teleporter
 from vmf.plugins.bridge import PluginRegistry
+from vmf.teleport.journal import Journal, MemoryJournal
 from vmf.transport.base import Address
 
 if TYPE_CHECKING:
     from vmf.cpu.state import VcpuState
+    from vmf.machine.doubt import Doubt
     from vmf.machine.switch import SwitchSummary
     from vmf.machine.trace import TraceSession, TraceSummary
     from vmf.teleport.check import Blocker
@@ -89,6 +91,8 @@ class Machine:
         """Guards `_state`, for moments only; any thread."""
         self._powering_off = False
         self._listeners: tuple[StateListener, ...] = ()
+        self.journal: Journal = MemoryJournal(config.name)
+        """Where its teleports are written down; replace it before the first one."""
         self._teleporter = Teleporter(self)
         self._trace: TraceSession | None = None
         self._digests: dict[tuple[str, int, int], str] = {}
@@ -144,8 +148,11 @@ class Machine:
             }
             if self.contract_origin is not None:
                 answer["cpuid"] = describe_contract(hardware.cpuid, self.contract_origin)
+        if (witness := self._teleporter.witness) is not None:
+            answer["answers_at"] = str(witness.address)
         if (listener := self._teleporter.listener) is not None:
             answer["teleporter_address"] = str(listener.address)
+            answer["teleporter_notices"] = list(listener.notices)
         return answer
 
     def boot_digest(self) -> dict[str, str]:
@@ -406,6 +413,7 @@ class Machine:
 
     def scrap(self) -> None:
         """Take the hardware apart. For this room's modules."""
+        self._teleporter.close_witness()
         hardware, self._hardware, self.contract_origin = self._hardware, None, None
         if hardware is not None:
             hardware.close()
@@ -564,6 +572,37 @@ class Machine:
         check itself did not happen (nobody waits there, say).
         """
         return self._teleporter.check(Address(transport, host, port, options or {}), password)
+
+    @property
+    def doubt(self) -> Doubt | None:
+        """The teleport whose handover nobody confirmed, until it is resolved."""
+        return self._teleporter.doubt
+
+    def teleport_in_doubt(
+        self, *, asking: bool = True, peer: Address | None = None, password: str | None = None
+    ) -> dict[str, Any] | None:
+        """What is known of a teleport whose handover nobody confirmed, as plain data; None without one.
+
+        Args:
+            asking: ask the target, too, which takes up to some seconds.
+            peer: whom to ask; by default where it was sent.
+            password: that is set there; by default the one that was given for the teleport.
+        """
+        return self._teleporter.describe_doubt(asking=asking, peer=peer, password=password)
+
+    def resolve_teleport(
+        self, how: str, *, force: bool = False, peer: Address | None = None, password: str | None = None
+    ) -> str:
+        """Decide what becomes of a machine in doubt; returns what was found and done, for people.
+
+        Args:
+            how: "resume": it goes on here; "discard": it is given up here.
+            force: even where that may make two of it, or lose it: then you know better than the target.
+            peer, password: as of `teleport_in_doubt`.
+
+        Raises TeleportError that says what may happen, when it must not be done without force.
+        """
+        return self._teleporter.resolve(how, force=force, peer=peer, password=password)
 
     def cancel_teleport(self, *, wait: bool = False) -> bool:
         """Cancel a teleport under way, in or out; False when there was none (any more)."""

@@ -24,6 +24,7 @@ from vmf.teleport.check import Blocker, Hook, compare_descriptions, show
 
 if TYPE_CHECKING:
     from vmf.machine.machine import Machine
+    from vmf.teleport.journal import Journal
 
 DESCRIPTION_VERSION = 1
 
@@ -44,6 +45,10 @@ class TeleportView:
     @property
     def memory(self) -> GuestMemory:
         return self._machine.hardware.memory
+
+    @property
+    def journal(self) -> Journal:
+        return self._machine.journal
 
     # -- what both sides are
 
@@ -130,7 +135,7 @@ class TeleportView:
     def open_dirty_tracker(self) -> DirtyTracker:
         from vmf.machine.dirty import open_tracker
 
-        return open_tracker(self.memory)
+        return open_tracker(self.memory, self._machine.hardware.write_log())
 
     # -- the source
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vmf.errors import ConfigError, TeleportBlocked, TeleportUncertain
+from vmf.errors import ConfigError, InvalidStateError, TeleportBlocked, TeleportUncertain
+from vmf.machine.doubt import Doubt, describe
 from vmf.machine.states import MachineState
 from vmf.machine.teleport_view import TeleportView
+from vmf.teleport.protocol import handover
 from vmf.transport.base import Address, Channel, Listener, Transport
 
 if TYPE_CHECKING:
@@ -48,11 +50,15 @@ class Teleporter:
 
     Attributes:
         listener: what a target listens on, while it waits.
+        witness: what it listens on after an arrival that the source did not confirm, to be asked about it.
+        doubt: the teleport out that nobody confirmed, until it is resolved.
     """
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self.listener: Listener | None = None
+        self.witness: Listener | None = None
+        self.doubt: Doubt | None = None
         self._cancel: threading.Event | None = None
         self._done = threading.Event()
         self._done.set()
@@ -102,6 +108,7 @@ class Teleporter:
             cancel = self._cancel = threading.Event()
             self._done.clear()
             machine.set_state(going_on[before])
+        view = TeleportView(machine)
         try:
             patience = CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
 
@@ -110,13 +117,17 @@ class Teleporter:
 
             channel = connect()
             try:
-                options = SourceOptions(max_downtime_ms=max_downtime_ms, timeout_s=timeout_s, password=password)
+                options = SourceOptions(
+                    max_downtime_ms=max_downtime_ms, timeout_s=timeout_s, password=password, peer=address
+                )
                 listener = self._observed(progress, "source")
-                machine.summary = teleport_source(TeleportView(machine), channel, options, listener, cancel, connect)
+                machine.summary = teleport_source(view, channel, options, listener, cancel, connect)
             finally:
                 channel.close()
             return machine.summary
-        except TeleportUncertain:
+        except TeleportUncertain as error:
+            machine.hardware.halt(freeze_time=True)  # however long it takes until somebody decides
+            self.doubt = Doubt.of(error, address, before is _S.RUNNING, view, password)
             machine.set_state(_S.UNCERTAIN)
             raise
         except BaseException:
@@ -142,6 +153,49 @@ class Teleporter:
         finally:
             channel.close()
         return ()
+
+    # -- out, and nobody knows
+
+    def resolve(self, how: str, *, force: bool, peer: Address | None, password: str | None) -> str:
+        """Decide what becomes of a machine in doubt; one sentence about what was found and done."""
+        machine = self._machine
+        with machine.operation:
+            doubt = self.doubt
+            if doubt is None or machine.state is not _S.UNCERTAIN:
+                raise InvalidStateError(
+                    f"machine {machine.name} is {machine.state.value}: there is no teleport to resolve.",
+                    f"See `vmf showvminfo {machine.name}`.",
+                )
+            found = doubt.ask(machine.registry, machine.name, peer, password)
+            leased = machine.storage.leased
+            if how == "resume":
+                found.permit(handover.may_resume(found.testimony.answer, leased), machine.name, "resume", force)
+                doubt.resume()
+                self.doubt = None
+                machine.set_state(_S.RUNNING if doubt.was_running else _S.PAUSED)
+                return f"{found.said} Machine '{machine.name}' goes on here."
+            found.permit(handover.may_discard(found.testimony.answer), machine.name, "discard", force)
+            doubt.discard()
+            self.doubt = None
+            if found.testimony.answer is handover.Answer.RUNS:
+                machine.set_state(_S.TELEPORTED)
+                return f"{found.said} It is given up here."
+        machine.power_off()
+        return f"{found.said} Machine '{machine.name}' is given up here and powered off."
+
+    def describe_doubt(self, *, asking: bool, peer: Address | None, password: str | None) -> dict[str, Any] | None:
+        """What is known of the teleport in doubt, and, if `asking`, what the target says; None without one."""
+        machine, doubt = self._machine, self.doubt
+        if doubt is None:
+            return None
+        found = doubt.ask(machine.registry, machine.name, peer, password) if asking else None
+        return describe(doubt.entry, found, orphaned=False, leased=machine.storage.leased) | {"why": doubt.why}
+
+    def close_witness(self) -> None:
+        """Be asked no more; idempotent."""
+        witness, self.witness = self.witness, None
+        if witness is not None:
+            witness.close()
 
     def _observed(self, progress: ProgressListener | None, role: str) -> ProgressListener:
         """Pass events on, and tell the life-cycle hooks of every phase."""
@@ -193,10 +247,13 @@ class Teleporter:
             text = machine.config.teleporter.password_verifier
             options = TargetOptions(verifier=None if text is None else Verifier.parse(text))
             machine.summary = wait_for_teleport(view, listener, self._observed(progress, "target"), cancel, options)
+            if not machine.summary.confirmed:
+                self.witness = listener
             return machine.summary
         finally:
             self.listener = None
-            listener.close()
+            if self.witness is not listener:
+                listener.close()
             # Before `_done`: whoever waits for that finds a machine that is powered off, and takes nothing apart twice.
             with machine.operation:
                 if machine.state is _S.TELEPORTING_IN:
