@@ -46,7 +46,10 @@ def _act(options: argparse.Namespace) -> int:
     began = time.monotonic()
     lab = Lab.build(fresh=getattr(options, "fresh", False))
     if options.action == "build":
-        print(f"lab: ready after {time.monotonic() - began:.1f} s: {lab.base.kernel}, Python {lab.base.python}")
+        print(
+            f"lab: ready after {time.monotonic() - began:.1f} s: {lab.base.kernel}, Python {lab.base.python},"
+            f" time {lab.clock.factor} times slower than outside"
+        )
         return 0
 
     def echo(stream: str, data: bytes) -> None:

@@ -18,12 +18,43 @@ def touch(pages: list[int]) -> bytes:
     return code + b"\xf4"
 
 
+def test_a_log_that_is_started_while_the_guest_exists(kvm: Any, kit: Any) -> None:
+    memory = GuestMemory(8 << 20, huge_pages=False)
+    vcpu = kvm.create_vcpu(VcpuEnvironment(memory, Bus(), kit.ToyPic(), kvm.cpuid_capability(), kvm.tsc_khz()))
+    try:
+        log = vcpu.write_log()
+        assert log is not None
+
+        def run(pages: list[int]) -> None:
+            kit.load_guest(memory, touch(pages))
+            vcpu.restore(kit.entry_state(kvm.tsc_khz()))
+            assert vcpu.run(None).reason is kit.ExitReason.HALTED
+
+        def logged() -> list[int]:
+            return [page for page in log.collect().tolist() if page >= 256]
+
+        run([600, 700])
+        for _ in range(2):
+            log.start()
+            assert logged() == [], "what was written before does not count"
+            run([601, 700])
+            assert logged() == [601, 700]
+            run([600])
+            assert logged() == [600]
+            log.stop()
+            run([900])
+    finally:
+        vcpu.close()
+        memory.close()
+    log.stop()
+
+
 def test_core_tracker_sees_what_kvm_logs(kvm: Any, kit: Any) -> None:
     dirty_uffd = pytest.importorskip("vmf.machine.dirty_uffd")
     from vmf_cpu_kvm.dirtylog import KvmDirtyLog
 
     reason = dirty_uffd.uffd_unusable()
-    memory = GuestMemory(8 << 20)
+    memory = GuestMemory(8 << 20, huge_pages=False)
     pic = kit.ToyPic()
     vcpu = kvm.create_logging_vcpu(VcpuEnvironment(memory, Bus(), pic, kvm.cpuid_capability(), kvm.tsc_khz()))
     try:

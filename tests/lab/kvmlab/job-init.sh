@@ -1,11 +1,11 @@
 #!/bin/sh
 # Runs one job in the lab: settles the machine, runs /lab/command, writes its status and results, switches off.
-# /lab/settings (shell) sets LAB_TIMEOUT, in seconds.
+# /lab/settings (shell) sets LAB_TIMEOUT, in the lab's seconds, and VMF_LAB_SLOWDOWN, how long one of them takes outside.
 export PATH=/lab/site/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/lab/home LANG=C.UTF-8 TERM=dumb PYTHONUNBUFFERED=1
 . /lab/settings
 # whatever happens below, the lab ends by itself
-( sleep $((LAB_TIMEOUT + 60)); echo "lab: watchdog"; busybox poweroff -f ) &
+( sleep $((LAB_TIMEOUT + 30)); echo "lab: watchdog"; busybox poweroff -f ) &
 
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -20,7 +20,7 @@ busybox ifconfig lo 127.0.0.1 up
 busybox hostname vmf-lab
 modprobe virtio_console
 modprobe kvm-amd || echo "lab: no kvm-amd"
-export VMF_LAB=1 VMF_LAB_RESULTS=/lab/out/results
+export VMF_LAB=1 VMF_LAB_RESULTS=/lab/out/results VMF_LAB_SLOWDOWN
 # what vmf.testing.guests looks for
 export VMF_KERNEL=/boot/vmlinuz VMF_BUSYBOX=/bin/busybox VMF_CACHE=/lab/cache
 until [ -c /dev/vport0p1 ] && [ -c /dev/vport0p2 ]; do sleep 0.05; done

@@ -50,6 +50,7 @@ def write_job(
     command: Sequence[str],
     *,
     timeout: float,
+    slowdown: int = 1,
     files: Mapping[str, Path] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
@@ -58,14 +59,14 @@ def write_job(
     Args:
         sites: directories of installed packages, together they become /lab/site.
         command: runs in /lab/tree, the copy of the project's tests.
-        timeout: seconds for the command alone.
+        timeout: seconds for the command alone, outside; slowdown: how many of them are one inside.
         files: more files or directories, by their place under /lab.
         environment: more variables for the command.
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in (environment or {}).items())
     with tarfile.open(disk, "w", format=tarfile.GNU_FORMAT) as archive:
         _text(archive, "init", (HERE / "job-init.sh").read_text(), 0o755)
-        _text(archive, "settings", f"LAB_TIMEOUT={max(1, round(timeout))}\n")
+        _text(archive, "settings", f"LAB_TIMEOUT={max(1, round(timeout / slowdown))}\nVMF_LAB_SLOWDOWN={slowdown}\n")
         _text(archive, "command", f"{exports}exec {shlex.join(command)}\n")
         for site in sites:
             archive.add(site, "site")

@@ -8,15 +8,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from attrs import frozen
+from attrs import field, frozen
 
 from kvmlab import base as base_module
 from kvmlab import job, needs, packages, qemu
 from kvmlab.base import Base
 from kvmlab.errors import LabError
+from kvmlab.slowclock import SlowClock, slow_clock
 
-BOOT_SECONDS = 120.0
-"""Allowed for booting and for writing the results, beside the command's own time; a quiet machine needs 5."""
+BOOT_SECONDS = 180.0
+"""Allowed for booting and for writing the results, beside the command's own time; a quiet machine needs 10."""
 
 
 @frozen
@@ -30,7 +31,7 @@ class LabResult:
         console: the lab's kernel console.
         directory: what it wrote to $VMF_LAB_RESULTS is in `results` here, its kernel log is `dmesg`.
         boot_seconds: from the start of QEMU's guest to that of the command; command_seconds: what the command took;
-            total_seconds: the whole run by this machine's clock, preparation included.
+            total_seconds: the whole run, preparation included. All by this machine's clock.
     """
 
     status: int
@@ -59,6 +60,7 @@ class Lab:
 
     base: Base
     dependencies: Path
+    clock: SlowClock = field(factory=SlowClock)
 
     @classmethod
     def build(cls, *, fresh: bool = False) -> Lab:
@@ -68,7 +70,7 @@ class Lab:
             fresh: make everything anew, with the archive's newest packages.
         """
         base = base_module.base(fresh=fresh)
-        return cls(base, packages.dependencies_image(base.python, fresh=fresh))
+        return cls(base, packages.dependencies_image(base.python, fresh=fresh), slow_clock())
 
     def run(
         self,
@@ -92,7 +94,8 @@ class Lab:
 
         Args:
             command: program and arguments.
-            timeout: seconds for the command; the lab's boot is not counted.
+            timeout: seconds for the command, by this machine's clock (the lab's is slower, see `kvmlab.slowclock`);
+                the lab's boot is not counted.
             directory: where to put the results; must be empty or missing. Default: a new temporary directory.
             files: more files or directories to take along, by their place under /lab.
             environment: more variables for the command.
@@ -111,7 +114,7 @@ class Lab:
             work = Path(name)
             job.write_job(
                 work / "job", packages.sites(self.base.python), command,
-                timeout=timeout, files=files, environment=environment,
+                timeout=timeout, slowdown=self.clock.factor, files=files, environment=environment,
             )  # fmt: skip
             job.make_results_disk(work / "disk", results_mib)
             disks = (
@@ -121,7 +124,7 @@ class Lab:
                 (work / "disk", True),
             )
             machine = qemu.Hardware(self.base.vmlinuz, self.base.initrd, disks, memory_mib, processors, cpu)
-            finished = qemu.run(machine, work, timeout + BOOT_SECONDS, echo)
+            finished = qemu.run(machine, work, timeout + BOOT_SECONDS, echo, self.clock.environment())
             printed = {name: _text(work / name) for name in ("stdout", "stderr", "console")}
             outcome = job.read_results(work / "disk", target)
         if outcome is None:
@@ -130,13 +133,14 @@ class Lab:
             raise LabError(
                 f"the lab {'ended without results' if finished else 'hung and was killed'}; its last words:\n{tail}"
             )
-        command_seconds = outcome.ended - outcome.started
+        slowdown = self.clock.factor
+        command_seconds = (outcome.ended - outcome.started) * slowdown
         return LabResult(
             status=outcome.status,
-            timed_out=outcome.status in (124, 137) and command_seconds >= timeout - 1,
+            timed_out=outcome.status in (124, 137) and command_seconds >= timeout - slowdown,
             **printed,
             directory=target,
-            boot_seconds=outcome.started,
+            boot_seconds=outcome.started * slowdown,
             command_seconds=command_seconds,
             total_seconds=time.monotonic() - began,
         )

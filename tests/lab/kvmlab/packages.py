@@ -10,6 +10,7 @@ every instruction is emulated.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 import sys
@@ -83,6 +84,16 @@ def dependencies_image(python: str, *, fresh: bool = False) -> Path:
     return cached("deps", digest(RECIPE, python, wanted), make, fresh=fresh) / "deps.img"
 
 
+def _isolation() -> list[str]:
+    """pip's option to build with the setuptools that is here: an isolated build fetches it, some seconds a wheel."""
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    # 70.1 brought bdist_wheel along
+    return ["--no-build-isolation"] if tuple(map(int, version.split(".")[:2])) >= (70, 1) else []
+
+
 def _sources(member: Path) -> Iterator[tuple[str, Path]]:
     """The files that a wheel of this member is made from."""
     for path in member.rglob("*"):
@@ -103,7 +114,7 @@ def installed(member: Path, python: str) -> Path:
         for name, path in _sources(member):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, copy / name)
-        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", *_isolation()]
         needs.call([*pip, "--no-deps", "--wheel-dir", directory, copy], what=f"build the wheel of {member.name}")
         shutil.rmtree(copy)
         wheels = [str(path) for path in directory.glob("*.whl")]

@@ -9,10 +9,11 @@ kernel when this process dies.
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from attrs import field, frozen
@@ -69,8 +70,16 @@ def _quoted(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def run(hardware: Hardware, directory: Path, timeout: float, echo: Echo | None = None) -> bool:
+def run(
+    hardware: Hardware,
+    directory: Path,
+    timeout: float,
+    echo: Echo | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> bool:
     """Run the machine until it switches itself off; False when it had to be killed after `timeout` seconds.
+
+    `environment`: more variables for QEMU.
 
     Raises LabError when QEMU itself fails.
     """
@@ -85,7 +94,8 @@ def run(hardware: Hardware, directory: Path, timeout: float, echo: Echo | None =
     end = time.monotonic() + timeout
     with (directory / "qemu.log").open("wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent,
+            env={**os.environ, **(environment or {})},
         )  # fmt: skip
         try:
             while process.poll() is None and time.monotonic() < end:

@@ -15,6 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from attrs import frozen
 
 from vmf.cpu.state import RFLAGS_IF, VcpuState
@@ -81,6 +83,23 @@ class VcpuEnvironment:
     tsc_khz: int
 
 
+class WriteLog(ABC):
+    """An engine's own log of the pages that its guest writes. Any thread, one at a time, while the vCPU exists."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """From now on. Raises MachineError when the engine refuses."""
+
+    @abstractmethod
+    def collect(self) -> npt.NDArray[np.uint64]:
+        """Numbers of the pages (of the RAM mapping, ascending) that the guest wrote since `start` or the last call.
+        A write during the call is reported by this or by the next one."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End; idempotent."""
+
+
 class Vcpu(ABC):
     """One virtual CPU. Not thread-safe except `kick`."""
 
@@ -127,6 +146,10 @@ class Vcpu(ABC):
     @abstractmethod
     def write_tsc(self, value: int) -> None:
         """Set the guest's TSC; it counts on from there."""
+
+    def write_log(self) -> WriteLog | None:
+        """The engine's log of the guest's writes, not started; None where it has none. On any thread."""
+        return None
 
     @abstractmethod
     def invalidate_code(self, gpa: int, size: int) -> None:

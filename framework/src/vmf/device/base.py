@@ -83,6 +83,8 @@ class Device(ABC):
 
     kind: str
     """As in `Payload.kind`."""
+    writes_ram: bool = True
+    """Whether it ever writes guest RAM (DMA). Where none does, an engine's log of the guest's writes is complete."""
 
     @abstractmethod
     def reset(self) -> None:

@@ -1,9 +1,10 @@
 """Dirty tracking: which pages of guest RAM were written since the last look.
 
 Tracking sits below the CPU backends: the trackers watch the RAM mapping itself, so that a write counts whoever made
-it, the engine, KVM, an emulated device or a system call that fills guest RAM. Two are built in:
+it, the engine, KVM, an emulated device or a system call that fills guest RAM. Three are built in:
 
 - ``uffd`` (`vmf.machine.dirty_uffd`): the kernel notes the first write to each page. Linux 6.7 and later.
+- ``log`` (`vmf.machine.dirty_log`): the engine's own log, for machines whose devices do not write RAM.
 - ``hash`` (`vmf.machine.dirty_hash`): works everywhere, compares checksums of pages.
 """
 
@@ -21,6 +22,7 @@ from attrs import frozen
 from vmf.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
+    from vmf.cpu.backend import WriteLog
     from vmf.machine.memory import GuestMemory
 
 PageRuns = npt.NDArray[np.uint64]
@@ -77,24 +79,34 @@ class TrackerKind:
     make: Callable[[GuestMemory], DirtyTracker]
 
 
-def tracker_kinds() -> tuple[TrackerKind, ...]:
-    """The built-in trackers, best first."""
+def tracker_kinds(log: WriteLog | str | None = None) -> tuple[TrackerKind, ...]:
+    """The built-in trackers, best first.
+
+    Args:
+        log: the engine's log of the guest's writes, or why there is none of use; None leaves that kind out.
+    """
     from vmf.machine.dirty_hash import HashTracker
+    from vmf.machine.dirty_log import LogTracker
     from vmf.machine.dirty_uffd import UffdTracker, uffd_unusable
 
-    return (
-        TrackerKind("uffd", uffd_unusable, UffdTracker),
-        TrackerKind("hash", lambda: None, HashTracker),
-    )
+    def log_tracker(memory: GuestMemory) -> DirtyTracker:
+        if log is None or isinstance(log, str):
+            raise MachineError(f"the engine's log cannot be used: {log}.")
+        return LogTracker(memory, log)
+
+    kinds = [TrackerKind("uffd", uffd_unusable, UffdTracker), TrackerKind("hash", lambda: None, HashTracker)]
+    if log is not None:
+        kinds.insert(1, TrackerKind("log", lambda: log if isinstance(log, str) else None, log_tracker))
+    return tuple(kinds)
 
 
-def open_tracker(memory: GuestMemory) -> DirtyTracker:
+def open_tracker(memory: GuestMemory, log: WriteLog | str | None = None) -> DirtyTracker:
     """The best tracker that works here, not started; `passed_over` of it says why not a better one.
 
     The environment variable VMF_DIRTY_TRACKER forces one by name: ConfigError when there is none of that name,
-    MachineError when it cannot work here.
+    MachineError when it cannot work here. `log` as for `tracker_kinds`.
     """
-    kinds = tracker_kinds()
+    kinds = tracker_kinds(log)
     forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
     names = ", ".join(kind.name for kind in kinds)
     if forced and forced not in {kind.name for kind in kinds}:

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 
 from vmf.cpu import codec
-from vmf.cpu.backend import CpuBackend, Vcpu, VcpuEnvironment, VmExit
+from vmf.cpu.backend import CpuBackend, Vcpu, VcpuEnvironment, VmExit, WriteLog
 from vmf.cpu.state import VcpuState
 from vmf.cpuid.compare import diff
 from vmf.cpuid.table import CpuidTable
@@ -216,6 +216,12 @@ class Hardware:
 
         return self.thread.call(attempt)
 
+    def write_log(self) -> WriteLog | str:
+        """The engine's log of all writes to RAM, or why it has none that would tell of all."""
+        if writers := sorted({device.kind for device in self.devices if device.writes_ram}):
+            return f"it does not see what devices write ({', '.join(writers)})"
+        return self.vcpu.write_log() or f"the CPU backend {self.backend.name} has none"
+
     @property
     def vcpu(self) -> Vcpu:
         if self._vcpu is None:
@@ -243,6 +249,7 @@ class Hardware:
             for device in self.devices:
                 device.reset()
             state = load(self.memory)
+            self.memory.tell_observers()
             self.vcpu.restore(attrs.evolve(state, tsc=0, tsc_khz=self.tsc_khz))
             self.vcpu.invalidate_code(0, self.memory.size)
             self._frozen_tsc = None

@@ -53,7 +53,8 @@ class GuestMemory:
         buffer: writable view of the whole mapping.
         address: host virtual address of the mapping, a multiple of the huge page size.
         regions: ascending by gpa.
-        clear_observers: called after every `clear`, on its thread, with the page ranges that had been touched.
+        clear_observers: called after every `clear`, on its thread, with the page ranges that had been touched, and
+            once the guest has been loaded anew.
     """
 
     def __init__(self, size: int, *, huge_pages: bool = True) -> None:
@@ -151,9 +152,14 @@ class GuestMemory:
         """
         touched = self.touched_ranges() if self.clear_observers else None
         self.give_back(0, self.pages)
-        if touched is not None:
+        self.tell_observers(touched)
+
+    def tell_observers(self, runs: npt.NDArray[np.uint64] | None = None) -> None:
+        """These pages, by default all that exist, were written otherwise than by the guest: a reset has loaded it."""
+        if self.clear_observers:
+            told = self.touched_ranges() if runs is None else runs
             for observer in tuple(self.clear_observers):
-                observer(touched)
+                observer(told)
 
     def close(self) -> None:
         if self._closed:

@@ -1,12 +1,13 @@
-"""KVM's own dirty log: an option, measured and not used by default.
+"""KVM's own dirty log.
 
 It sees what the guest writes and nothing else: neither emulated devices nor the host's system calls, which the core's
-userfaultfd tracker sees as well as the guest (`vmf.machine.dirty_uffd`). So it can only ever be half a tracker, and
-benchmarks/bench_kvm.py shows what it would save. It is here for hosts whose kernel has no asynchronous write-protect
-(before Linux 6.7), where a tracker could combine it with checksums of what devices wrote.
+userfaultfd tracker sees as well as the guest (`vmf.machine.dirty_uffd`), and benchmarks/bench_kvm.py shows that it
+would save little beside that one. Where the kernel has no asynchronous write-protect (before Linux 6.7) the other
+choice is to compare all of RAM in every round, so there it is used for machines whose devices write no RAM
+(`vmf.machine.dirty_log`).
 
-Protocol: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with INITIALLY_SET, so that nothing is write-protected before the first
-round and clearing happens in one call for a whole slot.
+Protocol: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with INITIALLY_SET, so that starting it protects nothing at once, and
+clearing happens in one call for a whole slot.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 
+from vmf.cpu.backend import WriteLog
+from vmf.errors import MachineError
 from vmf.machine.memory import PAGE_SIZE, GuestMemory
 from vmf_cpu_kvm import abi
 
@@ -23,21 +26,35 @@ PROTECT_FLAGS = 3
 """KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET."""
 
 
-class KvmDirtyLog:
-    """The log of a VM made with `dirty_log=True`."""
+class KvmDirtyLog(WriteLog):
+    """The log of one VM; logging is on from the VM's making (`dirty_log=True`) or from `start`."""
 
     def __init__(self, vm: int, memory: GuestMemory) -> None:
         self._vm = vm
         self._memory = memory
-        self._bitmaps = [
-            np.zeros(-(-region.size // PAGE_SIZE // 64), dtype=np.uint64) for region in memory.regions
-        ]
+        self._bitmaps = [np.zeros(-(-region.size // PAGE_SIZE // 64), dtype=np.uint64) for region in memory.regions]
+
+    def start(self) -> None:
+        self._set_flags(abi.MEM_LOG_DIRTY_PAGES)
+        self.collect()  # everything is in it at first; taking it away protects the pages
+
+    def stop(self) -> None:
+        """Also when the VM has gone."""
+        try:
+            self._set_flags(0)
+        except MachineError:
+            pass  # a log that goes on costs a little time and does no harm
+
+    def _set_flags(self, flags: int) -> None:
+        for slot, region in enumerate(self._memory.regions):
+            arguments = (slot, flags, region.gpa, region.size, self._memory.address + region.offset)
+            try:
+                abi.ioctl(self._vm, abi.SET_USER_MEMORY_REGION, abi.buffer_of(abi.MEMORY_REGION, *arguments))
+            except OSError as error:
+                raise MachineError(f"KVM does not log the guest's writes: {error.strerror}.") from error
 
     def collect(self) -> npt.NDArray[np.uint64]:
-        """Pages (of the RAM mapping) that the guest wrote since the last call; the first call reports all of RAM.
-
-        A write during the call is reported by this or by the next one.
-        """
+        """As the base class says; without `start` the first call reports all of RAM."""
         found = []
         for slot, (region, bitmap) in enumerate(zip(self._memory.regions, self._bitmaps, strict=True)):
             address = bitmap.ctypes.data_as(ctypes.c_void_p).value or 0

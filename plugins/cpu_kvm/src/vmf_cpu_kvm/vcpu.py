@@ -43,7 +43,7 @@ from vmf.cpuid.compare import Difference
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, MachineError, StateError
 from vmf_cpu_kvm import abi, convert, cpuid, errors, msrs
-from vmf_cpu_kvm.dirtylog import PROTECT_FLAGS
+from vmf_cpu_kvm.dirtylog import PROTECT_FLAGS, KvmDirtyLog
 from vmf_cpu_kvm.host import HostKvm, get_cpuid, pack_cpuid
 from vmf_cpu_kvm.kick import Kicker
 
@@ -153,7 +153,8 @@ class KvmVcpu(Vcpu):
             abi.ioctl(self.vm, abi.SET_TSS_ADDR, _TSS_ADDRESS)
         if extensions[abi.CAP_SET_IDENTITY_MAP_ADDR]:
             abi.ioctl(self.vm, abi.SET_IDENTITY_MAP_ADDR, abi.buffer_of("<Q", _IDENTITY_MAP_ADDRESS))
-        if dirty_log and abi.check_extension(self.vm, abi.CAP_MANUAL_DIRTY_LOG_PROTECT2) & 3 == 3:
+        self._logs = abi.check_extension(self.vm, abi.CAP_MANUAL_DIRTY_LOG_PROTECT2) & PROTECT_FLAGS == PROTECT_FLAGS
+        if self._logs:
             self._enable(self.vm, abi.CAP_MANUAL_DIRTY_LOG_PROTECT2, PROTECT_FLAGS)
         memory = self._environment.memory
         for slot, region in enumerate(memory.regions):
@@ -591,6 +592,9 @@ class KvmVcpu(Vcpu):
                 raise MachineError("KVM cannot set the guest's TSC.")
 
     # -- the rest
+
+    def write_log(self) -> KvmDirtyLog | None:
+        return KvmDirtyLog(self.vm, self._environment.memory) if self._logs else None
 
     def invalidate_code(self, gpa: int, size: int) -> None:
         """Nothing is translated: the CPU snoops."""

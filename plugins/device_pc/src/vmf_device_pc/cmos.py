@@ -59,6 +59,7 @@ class CmosRtc(Device):
     """The CMOS memory with its clock. `wall_clock` gives the host's time in ns since 1970 (UTC)."""
 
     kind = "pc.cmos"
+    writes_ram = False
     VERSION = 1
     SCHEMA: fields.Schema = {
         "index": fields.integer(0, SIZE - 1),

@@ -27,6 +27,7 @@ class SystemControl(Device):
     """The ports; `before_end` is called before the machine is asked to reset or power off."""
 
     kind = "pc.control"
+    writes_ram = False
     VERSION = 1
     SCHEMA: fields.Schema = {"a20": fields.boolean, "reset_control": fields.BYTE}
 

@@ -228,6 +228,7 @@ class Pic8259(Device):
     """Both chips, as the machine's interrupt controller."""
 
     kind = "pc.i8259"
+    writes_ram = False
     VERSION = 1
     SCHEMA: fields.Schema = {"master": fields.record(_Chip.SCHEMA), "slave": fields.record(_Chip.SCHEMA)}
 

@@ -257,6 +257,7 @@ class Pit8254(Device):
     """Three counters and port 0x61."""
 
     kind = "pc.i8254"
+    writes_ram = False
     VERSION = 1
     SCHEMA: fields.Schema = {
         "channels": fields.listing(3, fields.record(_Channel.SCHEMA)),

@@ -50,6 +50,7 @@ class Uart16550(Device):
     """One serial port."""
 
     kind = "pc.uart16550"
+    writes_ram = False
     VERSION = 1
     SCHEMA: fields.Schema = {
         "ier": fields.integer(0, 0x0F),
