@@ -33,6 +33,7 @@ class Recording(Channel):
         self.local = self.remote = Address("fuzz", "peer", 0)
         self._data = memoryview(data)
         self.sent = 0
+        self.closed = threading.Event()
 
     def set_timeout(self, seconds: float | None) -> None:
         pass
@@ -52,18 +53,21 @@ class Recording(Channel):
 
     def close(self) -> None:
         self.shutdown()
+        self.closed.set()
 
 
 class OneVisit(Listener):
-    """Somebody comes once; then nobody listens any more."""
+    """Somebody comes once; when he has gone nobody listens any more."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Recording) -> None:
         self.address = channel.local
+        self._visitor = channel
         self._waiting = [channel]
 
     def accept(self, timeout: float | None) -> Channel:
         if self._waiting:
             return self._waiting.pop()
+        self._visitor.closed.wait(60)
         raise TransportClosed("nobody else comes.")
 
     def shutdown(self) -> None:
