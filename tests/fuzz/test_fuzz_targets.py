@@ -24,8 +24,9 @@ from vmf.teleport.protocol import NEED_DATA, Connection, Role
 
 FUZZ = Path(__file__).parent / "fuzz.py"
 NAMES = (
-    "answers", "certificates", "cpuid", "definition", "description", "device", "headers", "hello", "image", "message",
-    "payload", "requests", "runs", "server-hello", "source", "states", "stream", "talk", "target", "vcpu",
+    "answers", "certificates", "cpuid", "definition", "description", "device", "headers", "hello", "image", "journal",
+    "leases", "message", "password", "payload", "requests", "runs", "server-hello", "source", "states", "stream",
+    "talk", "target", "vcpu",
 )  # fmt: skip
 SLOW = {"certificates", "description", "hello", "server-hello", "source", "states", "target"}
 

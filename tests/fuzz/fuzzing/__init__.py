@@ -65,7 +65,7 @@ class Choices:
 
 def targets() -> dict[str, Target]:
     """All of them by name; imports what they drive."""
-    from fuzzing import control, files, machines, payloads, protocol, sessions, tls
+    from fuzzing import control, files, machines, payloads, protocol, records, sessions, tls
 
-    every = (control, files, machines, payloads, protocol, sessions, tls)
+    every = (control, files, machines, payloads, protocol, records, sessions, tls)
     return {target.name: target for module in every for target in module.TARGETS}

@@ -23,4 +23,14 @@ REGRESSIONS: tuple[tuple[str, str, str], ...] = (
         "02030100020104" + "4243" * 3,
         "a certificate with a damaged extension was a traceback and no sentence",
     ),
+    (
+        "journal",
+        "000101040002000000000000000000",
+        "a journal entry with a value of another kind, beside a half-written note, was a traceback",
+    ),
+    (
+        "leases",
+        "01b003" + "5b" * 944 + "01b003" + "5b" * 944,
+        "a lease that is nested too deeply was a traceback (anybody with access to the storage can write one)",
+    ),
 )

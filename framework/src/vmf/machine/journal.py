@@ -157,19 +157,19 @@ def _format(entry: Entry) -> str:
 
 def _read(path: Path) -> Entry | None:
     """None when there is no such file, or none that says anything."""
+    entry = None
     for _ in range(5):
         try:
             fields = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+            note = fields["note"].strip()
+            entry = _entry(fields, Note.HANDED_OVER if fields["role"] == Role.SOURCE.value else Note.TAKEN)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return None
         try:
-            return _entry(fields, Note(fields["note"].strip()))
+            return _entry(fields, Note(note))
         except ValueError:
             time.sleep(0.001)  # it is being written
-        except (KeyError, TypeError, AttributeError):
-            return None
-    careful = Note.HANDED_OVER if fields.get("role") == Role.SOURCE.value else Note.TAKEN
-    return _entry(fields, careful)
+    return entry  # the careful reading
 
 
 def _entry(fields: dict[str, Any], note: Note) -> Entry:

@@ -69,7 +69,9 @@ class Owner:
     pid: int
 
     def __str__(self) -> str:
-        return f"machine {self.machine} on host {self.host} (process {self.pid})"
+        text = f"machine {self.machine} on host {self.host} (process {self.pid})"
+        # It was read from storage that others may write to, and goes to terminals.
+        return "".join(char if char.isprintable() else "?" for char in text)[:400]
 
 
 @frozen
@@ -245,6 +247,21 @@ def _decode(block: bytes) -> Record | None:
             raise StorageError("the lease was written by a newer vmf.", "Bring all hosts to the same release of vmf.")
         owner = plain.pop("owner")
         standing = Standing(plain.pop("standing"))
-        return Record(**plain, standing=standing, owner=None if owner is None else Owner(**owner))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        record = Record(**plain, standing=standing, owner=None if owner is None else Owner(**owner))
+        return record if _sound(record) else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _sound(record: Record) -> bool:
+    """Whether every field is of its kind: others may write to the storage."""
+    values = list(attrs.asdict(record, recurse=False).items())
+    if record.owner is not None:
+        values += attrs.asdict(record.owner).items()
+    for name, value in values:
+        if name in ("generation", "sequence", "since", "pid"):
+            if type(value) is not int or not 0 <= value < 1 << 63:
+                return False
+        elif name not in ("standing", "owner") and not isinstance(value, str):
+            return False
+    return True
