@@ -102,7 +102,7 @@ def cli() -> None:
     Example: move a running machine from one terminal to another.
       vmf createvm source --memory 256 --kernel vmlinuz --initrd initrd.img
       vmf createvm target --memory 256 --kernel vmlinuz --initrd initrd.img
-      vmf modifyvm target --teleporter on --teleporter-port 6000
+      vmf modifyvm target --teleporter on --teleporter-port 6000 --teleporter-address localhost
       vmf startvm target --detach
       vmf startvm source --detach
       vmf controlvm source teleport --host localhost --port 6000
