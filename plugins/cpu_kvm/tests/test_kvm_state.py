@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import struct
-import time
 from typing import Any
 
 import pytest
@@ -209,20 +208,3 @@ def test_xsave_component_without_cpuid_is_refused(rig: Any, kit: Any) -> None:
     area[600] = 1
     with pytest.raises(StateError, match="component 2"):
         rig.vcpu.restore(kit.changed(state, xsave=bytes(area)))
-
-
-def test_save_and_restore_are_fast(rig: Any, kit: Any) -> None:
-    rig.load(kit.WORKLOAD)
-    rig.run(0.01)
-    saves, restores = [], []
-    for _ in range(100):
-        start = time.perf_counter()
-        state = rig.vcpu.save()
-        middle = time.perf_counter()
-        rig.vcpu.restore(state)
-        saves.append(middle - start)
-        restores.append(time.perf_counter() - middle)
-    save, restore = sorted(saves)[50] * 1e3, sorted(restores)[50] * 1e3
-    print(f"save {save:.2f} ms, restore {restore:.2f} ms")
-    assert save < 50  # nested in an emulator it is 20 times slower
-    assert restore < 50

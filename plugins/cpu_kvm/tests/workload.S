@@ -1,10 +1,13 @@
-# The self-checking guest of these tests: a ring-0 stub and a ring-3 workload. conftest.py has it assembled:
+# The self-checking guest of these tests: a ring-0 stub and a ring-3 workload. conftest.py has it assembled, without and
+# with `--defsym AVX=1`:
 #   as --64 workload.S -o w.o && objcopy -O binary -j .text w.o w.bin
 # Loaded at 0x10000 and entered there in ring 0, 64-bit mode, RSP valid, GDT and TSS as conftest.py sets them.
 #
 # Ring 3 computes xorshift64* twice, in general registers and in SSE2, and an x87 running sum; every 256 rounds it
 # writes the low 32 bits to MMIO 0xE00005E0, and the same out of SSE to the next one. A mismatch between the two, or of
-# what survives in other registers, is reported at 0xE00005E8. (Neither OUT nor INT works from ring 3 on PVM.) Interrupts (vector 0x40) count at 0x14000.
+# what survives in other registers, is reported at 0xE00005E8. (Neither OUT nor INT works from ring 3 on PVM.) Interrupts
+# (vector 0x40) count at 0x14000. With AVX the generator runs a third time in the upper half of YMM8, and every other
+# upper half holds what it was given.
         .code64
         .set    IDT, 0x12000
         .set    TICKS, 0x14000
@@ -18,6 +21,15 @@ start:  lea     tick(%rip), %rax
         mov     %ax, 6(%rdi)
         movl    $0, 8(%rdi)
         lidt    idtr(%rip)
+        .ifdef  AVX
+        mov     %cr4, %rax
+        or      $0x40000, %eax          # OSXSAVE
+        mov     %rax, %cr4
+        xor     %ecx, %ecx
+        xor     %edx, %edx
+        mov     $7, %eax                # x87, SSE, AVX
+        xsetbv
+        .endif
         pushq   $0x23                   # SS
         pushq   $0x18000                # RSP
         pushq   $0x202                  # IF
@@ -46,6 +58,14 @@ user:   movabs  $SEED, %rbx
         movabs  $0x0123456789ABCDEF, %r12
         movq    %r12, %xmm7
         mov     $0x1F80, %r13d
+        .ifdef  AVX
+        vmovq   %rbx, %xmm9
+        vinsertf128 $1, %xmm9, %ymm8, %ymm8
+        vmovq   %r12, %xmm9
+        .irp    reg, 10, 11, 12, 13, 14, 15
+        vinsertf128 $1, %xmm9, %ymm\reg, %ymm\reg
+        .endr
+        .endif
         fninit
         fldz
         fld1
@@ -68,6 +88,16 @@ round:  mov     %rbx, %rax              # x ^= x << 13; x ^= x >> 7; x ^= x << 1
         movdqa  %xmm0, %xmm1
         psllq   $17, %xmm1
         pxor    %xmm1, %xmm0
+        .ifdef  AVX
+        vextractf128 $1, %ymm8, %xmm9
+        vpsllq  $13, %xmm9, %xmm2
+        vpxor   %xmm2, %xmm9, %xmm9
+        vpsrlq  $7, %xmm9, %xmm2
+        vpxor   %xmm2, %xmm9, %xmm9
+        vpsllq  $17, %xmm9, %xmm2
+        vpxor   %xmm2, %xmm9, %xmm9
+        vinsertf128 $1, %xmm9, %ymm8, %ymm8
+        .endif
         fadd    %st, %st(1)             # st1 += 1
         dec     %ebp
         jnz     round
@@ -77,6 +107,18 @@ round:  mov     %rbx, %rax              # x ^= x << 13; x ^= x >> 7; x ^= x << 1
         movq    %xmm7, %rcx
         cmp     %r12, %rcx
         jne     bad
+        .ifdef  AVX
+        vextractf128 $1, %ymm8, %xmm9
+        vmovq   %xmm9, %rcx
+        cmp     %rbx, %rcx
+        jne     bad
+        .irp    reg, 10, 11, 12, 13, 14, 15
+        vextractf128 $1, %ymm\reg, %xmm9
+        vmovq   %xmm9, %rcx
+        cmp     %r12, %rcx
+        jne     bad
+        .endr
+        .endif
         fld     %st(1)                  # the sum is a multiple of 256 and counts the outer rounds
         sub     $8, %rsp
         fistpll (%rsp)

@@ -312,7 +312,6 @@ def test_deadlines_are_kept(bench: Bench) -> None:
         assert bench.vcpu.run(deadline).reason is ExitReason.KICKED
         lateness.append(time.monotonic_ns() - deadline)
     assert min(lateness) >= 0
-    assert sorted(lateness)[len(lateness) // 2] < 20_000_000
 
 
 def test_moves_at_random_instants_between_two_vcpus(make_bench: Callable[..., Bench]) -> None:
