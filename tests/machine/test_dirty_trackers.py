@@ -351,3 +351,31 @@ def test_nh_against_its_definition() -> None:
         for i in range(0, 1024, 2):
             total += ((halves[i] + keys[i]) % 2**32) * ((halves[i + 1] + keys[i + 1]) % 2**32)
         assert int(out[0, index]) == total % 2**64
+
+
+@settings(max_examples=20, deadline=None)
+@given(first=st.integers(0, 200), count=st.integers(1, 64), offset=st.integers(0, PAGE_SIZE - 1))
+def test_what_the_kernel_writes_for_a_device_is_seen(first: int, count: int, offset: int) -> None:
+    """A disk's data arrives by preadv(2), with no store of any program."""
+    kinds = [kind.name for kind in tracker_kinds() if kind.name in ("uffd", "hash") and not kind.unusable()]
+    ram = GuestMemory(2 * MIB)
+    descriptor = os.open("/dev/urandom", os.O_RDONLY)
+    try:
+        ram.buffer[:] = bytes(ram.size)
+        for name in kinds:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VMF_DIRTY_TRACKER", name)
+                tracker = open_tracker(ram)
+            tracker.start()
+            tracker.collect()
+            start = first * PAGE_SIZE + offset
+            end = min(start + count * PAGE_SIZE, ram.size)
+            view = ram.buffer[start:end]
+            assert os.readv(descriptor, [view]) == end - start
+            view.release()
+            found = {page for a, b in tracker.collect().tolist() for page in range(a, b)}
+            tracker.stop()
+            assert set(range(start // PAGE_SIZE, -(-end // PAGE_SIZE))) <= found, name
+    finally:
+        os.close(descriptor)
+        ram.close()

@@ -61,7 +61,7 @@ AT_ONCE_MAX = 128 << 10
 class _Request:
     """One request under way; a job of the I/O threads."""
 
-    __slots__ = ("chain", "drive", "kind", "length", "offset", "result", "segments", "sync", "views")
+    __slots__ = ("chain", "drive", "error", "kind", "length", "offset", "result", "segments", "sync", "views")
 
     def __init__(self, chain: Chain, drive: Drive, kind: int, offset: int, views: list[memoryview]) -> None:
         self.chain = chain
@@ -74,6 +74,7 @@ class _Request:
         self.length = 0
         """Bytes written into guest RAM, without the status."""
         self.result = S_OK
+        self.error: Exception | None = None
 
     def run_at_once(self) -> bool:
         """Do a read that needs no waiting, on the vCPU thread."""
@@ -97,12 +98,8 @@ class _Request:
                     drive.write_zeroes(offset, length, may_unmap=unmap)
             if kind == T_FLUSH or self.sync:
                 drive.flush()
-        except VmfError as error:
-            log.warning("port %d: %s", drive.port, error)
-            self.result = S_IOERR
-        except Exception:  # a storage plugin's mistake: the guest sees an error, people the traceback
-            log.exception("port %d: its storage plugin failed", drive.port)
-            self.result = S_IOERR
+        except Exception as error:  # noqa: BLE001 - a storage plugin's mistake: the guest sees an error, and goes on
+            self.result, self.error = S_IOERR, error
 
 
 class VirtioBlock(VirtioDevice):
@@ -124,6 +121,7 @@ class VirtioBlock(VirtioDevice):
         drive.claim(self.kind)
         self._drive = drive
         self._sectors = drive.size // SECTOR_SIZE
+        self._errors = 0
         self._threads: IoThreads[_Request] = IoThreads(
             f"disk at port {drive.port}", THREADS, environment.post, self._finished
         )
@@ -243,8 +241,17 @@ class VirtioBlock(VirtioDevice):
         if not queue.active:
             return  # the driver broke its rings meanwhile: there is nobody to tell
         for request in requests:
+            if request.error is not None:
+                self._log(request.error)
             self._report(request)
         self.completed(queue)
+
+    def _log(self, error: Exception) -> None:
+        """For people: the first error, the second, the fourth, ... as a guest may try for ever."""
+        self._errors += 1
+        if not self._errors & (self._errors - 1):
+            unexpected = None if isinstance(error, VmfError) else error
+            log.warning("port %d, error %d: %s", self._drive.port, self._errors, error, exc_info=unexpected)
 
     # -- life
 

@@ -242,6 +242,7 @@ class HostBridge(Device):
     """The bridge, the bus behind it, and the firmware that there is not."""
 
     kind = "pci.host"
+    writes_ram = False
     VERSION = 1
     SCHEMA: fields.Schema = {
         "address": fields.integer(0, 0xFFFF_FFFF),
