@@ -37,8 +37,10 @@ from vmf.transport import sockets
 from vmf.transport.base import Address, Channel, Listener, Transport
 from vmf_transport_tcp.transport import TcpTransport
 from vmf_transport_tls import files, issue
+from vmf_transport_tls.channel import TlsChannel
 from vmf_transport_tls.transport import TlsTransport
 
+used_cipher: set[str] = set()
 BATCH = 4 * MIB
 SLICE = 1 * MIB
 ROWS = (
@@ -124,6 +126,8 @@ def sender(scheme: str, what: str, port: int, directory: str, memory: GuestMemor
     move(channel.send_ranges, what, memory)
     channel.recv_into(memoryview(bytearray(1)))
     taken = time.perf_counter() - began, time.process_time() - used
+    if isinstance(channel, TlsChannel):
+        used_cipher.add(channel.cipher)
     channel.close()
     return taken
 
@@ -190,9 +194,7 @@ def main() -> None:
         del memory
         whole = teleports(chosen.teleport, directory, chosen.repeat) if chosen.teleport else {}
     print(f"{machine_line()}; {ssl.OPENSSL_VERSION}; load {os.getloadavg()[0]:.1f}")
-    print(
-        f"loopback, {chosen.mib} MiB, best of {chosen.repeat}; TLS_AES_256_GCM_SHA384 is what Python's ssl chooses\n"
-    )
+    print(f"loopback, {chosen.mib} MiB, best of {chosen.repeat}; cipher: {', '.join(sorted(used_cipher))}\n")
     rows = [
         [f"openssl speed {cipher}", f"{speed:.2f}" if speed else "-", "", "", ""] for cipher, speed in ciphers.items()
     ]

@@ -28,9 +28,7 @@ def negotiated(listening: Listening, certs: Path) -> str:
         target.send(b"hello")
         source.recv_into(data)
         assert bytes(data) == b"hello"
-        cipher = source._tls.cipher()
-        assert cipher is not None
-        return cipher[0]
+        return source.cipher
     finally:
         source.close()
         target.close()

@@ -88,6 +88,13 @@ class TlsChannel(SocketChannel):
             "Something on the way alters the data, or the other side failed. Teleport again.",
         ) from error
 
+    @property
+    def cipher(self) -> str:
+        """Name of the cipher suite in use."""
+        with self._state:
+            chosen = self._tls.cipher()
+        return chosen[0] if chosen else ""
+
     def channel_binding(self) -> tuple[str, bytes] | None:
         """The hash of the target's certificate (RFC 5929): Python's ssl has no better one for TLS 1.3."""
         return ("tls-server-end-point", self._end_point) if self._end_point else None
