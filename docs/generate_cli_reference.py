@@ -17,6 +17,7 @@ import click
 
 from vmf.cli.app import COMMANDS, cli
 
+GROUPS_OF_A_MACHINE = ("controlvm", "snapshot")
 TARGET = Path(__file__).parent / "reference" / "cli.md"
 
 HEAD = """\
@@ -49,12 +50,15 @@ def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Com
 
 def usage(path: str, command: click.Command) -> str:
     """The command's line with its arguments."""
-    words = [path if not path.startswith("vmf controlvm ") else path.replace("controlvm", "controlvm NAME", 1)]
+    words = [path]
+    for group in GROUPS_OF_A_MACHINE:
+        if path.startswith(f"vmf {group} "):
+            words = [path.replace(group, f"{group} NAME", 1)]
     words += [parameter.make_metavar(click.Context(command)) for parameter in arguments(command)]
     if options(command):
         words.append("[OPTIONS]")
     if isinstance(command, click.Group):
-        words.append("VERB" if command.name == "controlvm" else "COMMAND")
+        words.append("VERB" if command.name in GROUPS_OF_A_MACHINE else "COMMAND")
     return " ".join(words)
 
 

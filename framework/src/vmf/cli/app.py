@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "storageattach": ("vmf.cli.media", "storageattach", "Attach a disk image to a machine, or take it out."),
     "showmediuminfo": ("vmf.cli.media", "showmediuminfo", "Show what a disk image is and who has it."),
     "media": ("vmf.cli.media", "media", "List disk images, see and break their leases."),
+    "snapshot": ("vmf.cli.snapshot", "snapshot", "Take snapshots of a machine, and go back to them."),
     "cpuid": ("vmf.cli.cpuid", "cpuid", "Show what CPUs can present, compare hosts, find what suits them all."),
     "tls": ("vmf_transport_tls.commands", "tls", "Make the certificates of encrypted teleports, and show them."),
     "demo": ("vmf.cli.demo", "demo", "Watch a machine teleport between two hosts."),

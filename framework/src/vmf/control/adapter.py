@@ -17,6 +17,7 @@ from vmf.transport.base import Address
 
 if TYPE_CHECKING:
     from vmf.machine.config import MachineConfig
+    from vmf.machine.snapshot import SnapshotStore
     from vmf.plugins.bridge import PluginRegistry
     from vmf.teleport.journal import Journal
     from vmf.teleport.progress import ProgressEvent
@@ -131,6 +132,17 @@ class MachineAdapter:
 
     def cancel_trace(self) -> bool:
         return self.machine.cancel_trace()
+
+    def use_snapshots(self, store: SnapshotStore) -> None:
+        """Keep snapshots there; before it starts."""
+        self.machine.snapshots = store
+
+    def take_snapshot(self, name: str, description: str, progress: ProgressCallback) -> Plain:
+        def told(what: str, done: int, total: int) -> None:
+            progress({"what": what, "done": done, "total": total})
+
+        answer: Plain = plain(self.machine.take_snapshot(name, description, told))
+        return answer
 
     def use_journal(self, journal: Journal) -> None:
         """Write teleports down there; before the first one."""

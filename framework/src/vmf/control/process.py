@@ -28,7 +28,7 @@ from attrs import define, evolve
 
 from vmf.control import rpc
 from vmf.control.console import ConsoleServer
-from vmf.control.seam import ControlledMachine, Plain, WritesJournal
+from vmf.control.seam import ControlledMachine, Plain, TakesSnapshots, WritesJournal
 from vmf.control.server import ControlServer
 from vmf.errors import InvalidStateError, MachineError, TeleportCancelled, VmfError
 from vmf.machine.config import MachineConfig
@@ -96,6 +96,10 @@ def run_machine_process(
             machine = (make_machine or _real_machine)(config, lambda problem: watcher.notice(f"warning: {problem}"))
             if isinstance(machine, WritesJournal):
                 machine.use_journal(FileJournal(home, name))
+            if isinstance(machine, TakesSnapshots):
+                from vmf.machine.snapshot import SnapshotStore
+
+                machine.use_snapshots(SnapshotStore(name, paths.snapshots))
             with contextlib.closing(machine):
                 _serve(machine, config, paths, watcher, outcome)
         except VmfError as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from vmf.machine.snapshot import SnapshotStore
     from vmf.teleport.journal import Journal
 
 Plain = dict[str, Any]
@@ -24,6 +25,17 @@ class WritesJournal(Protocol):
 
     def use_journal(self, journal: Journal) -> None:
         """Write them down there; called before the first one."""
+
+
+@runtime_checkable
+class TakesSnapshots(Protocol):
+    """Optional: a machine of which snapshots can be taken."""
+
+    def use_snapshots(self, store: SnapshotStore) -> None:
+        """Keep them there; called before the machine starts."""
+
+    def take_snapshot(self, name: str, description: str, progress: ProgressCallback) -> Plain:
+        """Take one; blocks, and the guest stands still meanwhile. Progress is {"what", "done", "total"}."""
 
 
 class ControlledMachine(Protocol):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vmf.control import rpc, sockets
-from vmf.control.seam import ControlledMachine
+from vmf.control.seam import ControlledMachine, TakesSnapshots
 from vmf.errors import ControlError, TeleportError, VmfError
 
 log = logging.getLogger("vmf.control")
@@ -62,6 +62,7 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
     "switch_backend": {"backend": (str,)},
     "trace": {"instructions": (int,), "output": (str,), "json_lines": (bool,)},
     "trace.cancel": {},
+    "snapshot": {"name": (str,), "description": (str,)},
     "events.subscribe": {},
 }
 """Every method with its parameters and their types; `_REQUIRED` says which must be there."""
@@ -71,8 +72,9 @@ _REQUIRED = {
     "teleport.resolve": ("how",),
     "switch_backend": ("backend",),
     "trace": ("instructions", "output"),
+    "snapshot": ("name",),
 }
-LONG = ("teleport", "trace")
+LONG = ("teleport", "trace", "snapshot")
 """Methods that run on threads of their own, with progress notifications."""
 
 
@@ -219,6 +221,12 @@ class ControlServer:
         """Write one trace; blocks."""
         return self.machine.trace(params["instructions"], params["output"], params.get("json_lines", False), progress)
 
+    def snapshot(self, params: Mapping[str, Any], progress: Callable[[Mapping[str, Any]], None]) -> Any:
+        """Take a snapshot; blocks."""
+        if not isinstance(self.machine, TakesSnapshots):
+            raise ControlError(f"Machine '{self.machine.name}' takes no snapshots.")
+        return self.machine.take_snapshot(params["name"], params.get("description", ""), progress)
+
 
 def _options(params: Mapping[str, Any]) -> dict[str, Any]:
     """The transport's own settings and the password as keyword arguments, when there are any."""
@@ -339,7 +347,8 @@ class _Connection:
 
         with self._server.busy():
             begun.set()
-            work = self._server.teleport if method == "teleport" else self._server.trace
+            server = self._server
+            work = {"teleport": server.teleport, "trace": server.trace, "snapshot": server.snapshot}[method]
             self._answer(identifier, lambda: work(params, progress))
 
     def _answer(self, identifier: str | int, work: Callable[[], Any]) -> None:

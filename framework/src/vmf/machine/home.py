@@ -61,6 +61,7 @@ class MachinePaths:
     console_live_socket: Path
     pid: Path
     lock: Path
+    snapshots: Path
 
 
 @frozen
@@ -119,6 +120,7 @@ class Home:
             console_live_socket=run / "console-live.sock",
             pid=run / "pid",
             lock=run / "lock",
+            snapshots=own / "snapshots",
         )
 
     # -- definitions

@@ -52,6 +52,7 @@ from vmf.transport.base import Address
 if TYPE_CHECKING:
     from vmf.cpu.state import VcpuState
     from vmf.machine.doubt import Doubt
+    from vmf.machine.snapshot import SnapshotInfo, SnapshotStore
     from vmf.machine.switch import SwitchSummary
     from vmf.machine.trace import TraceSession, TraceSummary
     from vmf.teleport.check import Blocker
@@ -85,6 +86,8 @@ class Machine:
         self._state = _S.POWERED_OFF
         self._hardware: Hardware | None = None
         self._storage: MachineStorage | None = None
+        self.snapshots: SnapshotStore | None = None
+        """Where its snapshots are; None for a machine that has no place for any."""
         self.operation = threading.RLock()
         """Held by one operation at a time. Never taken on the vCPU thread, for which operations wait."""
         self._changed = threading.Condition(threading.Lock())
@@ -222,12 +225,12 @@ class Machine:
             self._powering_off = False
             try:
                 self.storage.open()
-                decision = settle(self.config, self.registry, self._plug)
-                self.contract_origin, self.backend_choice = decision.origin, decision.choice
-                hardware = self.hardware
-                hardware.power_on(self._load)
+                if not self._go_on_from_snapshot():
+                    decision = settle(self.config, self.registry, self._plug)
+                    self.contract_origin, self.backend_choice = decision.origin, decision.choice
+                    self.hardware.power_on(self._load)
                 if not paused:
-                    hardware.run()
+                    self.hardware.run()
             except BaseException:
                 self.scrap()
                 self.set_state(_S.POWERED_OFF)
@@ -235,6 +238,33 @@ class Machine:
             self.set_state(_S.RUNNING)
             if paused:
                 self.pause()
+
+    def _go_on_from_snapshot(self) -> bool:
+        """Where the machine was put back to a snapshot with memory; False for a plain boot."""
+        if self.snapshots is None:
+            return False
+        from vmf.machine import snapshot
+
+        if not snapshot.resume(self, self.snapshots):
+            return False
+        self.snapshots.forget_resume()  # once only: from here on the disks go on
+        return True
+
+    def take_snapshot(
+        self, name: str, description: str = "", progress: Callable[[str, int, int], None] | None = None
+    ) -> SnapshotInfo:
+        """Write down everything of this machine (running or paused), and go on; it stands still meanwhile.
+
+        Args:
+            progress: called on this thread with (what, bytes done, bytes in all).
+
+        Raises InvalidStateError, ConfigError when the name is taken, HomeError when it cannot be written.
+        """
+        from vmf.machine import snapshot
+
+        if self.snapshots is None:
+            raise MachineError(f"machine {self.name} has no place for snapshots.", "Set `snapshots` first.")
+        return snapshot.take(self, self.snapshots, name, description, progress)
 
     def _plug(self, decision: Decision) -> None:
         hardware = self._hardware or self.assemble(decision.backend)

@@ -53,6 +53,10 @@ class TeleportView:
     # -- what both sides are
 
     def describe(self) -> Mapping[str, Any]:
+        return {**self.describe_hardware(), "drives": self._describe_drives()}
+
+    def describe_hardware(self) -> dict[str, Any]:
+        """All but the drives."""
         machine, hardware = self._machine, self._machine.hardware
         return {
             "version": DESCRIPTION_VERSION,
@@ -60,7 +64,6 @@ class TeleportView:
             "cpu": describe_cpu(machine, with_state=machine.state is not MachineState.TELEPORTING_IN),
             "devices": [[kind, instance] for kind, instance in hardware.device_keys()],
             "boot": machine.boot_digest(),
-            "drives": self._describe_drives(),
         }
 
     def check(self, source: Mapping[str, Any]) -> Sequence[Blocker]:
@@ -78,6 +81,17 @@ class TeleportView:
         if not found:
             found = cpu.plug(source["cpu"])
         return found
+
+    def check_saved(self, saved: Mapping[str, Any]) -> Sequence[Blocker]:
+        """At the start from a snapshot: `check`, for a description that this machine wrote itself."""
+        cpu = CpuCheck(self._machine)
+        hooks: dict[str, Hook] = {
+            "devices": self._check_devices,
+            "boot": lambda _then, _now: [],  # what a reset starts may be another one
+            "cpu": lambda then, _now: cpu.compare(then),
+        }
+        found = compare_descriptions(self.name, saved, self.describe_hardware(), hooks)
+        return found or cpu.plug(saved["cpu"])
 
     def _describe_drives(self) -> list[dict[str, Any]]:
         if self._drives is None:  # once: each time the images would get another mark to be recognised by
@@ -129,8 +143,19 @@ class TeleportView:
         ]
         if role == "source":
             found += self._machine.storage.local_blockers()
+        found += self._snapshot_blockers(role)
         found += self._machine.registry.hooks.preflight_check(self.name, role, self.describe())
         return found
+
+    def _snapshot_blockers(self, role: str) -> list[Blocker]:
+        """Snapshots stay on their host, so a machine that has some stays there, too."""
+        names = self._machine.snapshots.names() if self._machine.snapshots is not None else []
+        if not names:
+            return []
+        text = f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        values = (text, "-") if role == "source" else ("-", text)
+        remedy = f"Delete them: `vmf snapshot {self.name} delete {names[0]}`."
+        return [Blocker("snapshots", *values, remedy)]
 
     def open_dirty_tracker(self) -> DirtyTracker:
         from vmf.machine.dirty import open_tracker
