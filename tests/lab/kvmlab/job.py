@@ -16,7 +16,7 @@ from pathlib import Path
 from attrs import frozen
 
 from kvmlab.packages import GENERATED, TREE
-from vmf.testing.guests import selfcheck
+from vmf.testing.guests import compiled
 
 HERE = Path(__file__).resolve().parent
 SECTOR = 512
@@ -72,8 +72,9 @@ def write_job(
             archive.add(site, "site")
         for name, path in _tree_files():
             archive.add(path, f"tree/{name}")
-        if (program := selfcheck().path) is not None:  # the lab has no compiler
-            archive.add(program, f"cache/guests/{program.name}")
+        for name in ("selfcheck", "diskcheck"):  # the lab has no compiler
+            if (program := compiled(name).path) is not None:
+                archive.add(program, f"cache/guests/{program.name}")
         for name, path in (files or {}).items():
             archive.add(path, name.strip("/"))
     with disk.open("ab") as file:

@@ -14,6 +14,7 @@ import hashlib
 import lzma
 import os
 import platform
+import re
 import shutil
 import struct
 import sys
@@ -97,22 +98,30 @@ def virtio_modules() -> Mapping[str, bytes]:
 
 
 def _fetch_modules(release: str, folder: Path) -> None:
-    deb = guests.download(f"linux-image-{release}", None)
+    """From this machine when it has that kernel, otherwise from the archive."""
+    pattern = rf"({'|'.join(MODULES)})\.ko(\.xz)?"
+    found: dict[str, bytes] = {}
+
+    def take(name: str, content: bytes) -> None:
+        found[name.partition(".")[0]] = lzma.decompress(content) if name.endswith(".xz") else content
+
+    for path in Path("/lib/modules", release, "kernel").rglob("virtio*.ko*"):
+        if re.fullmatch(pattern, path.name):
+            take(path.name, path.read_bytes())
+    if not found:
+        deb = guests.download(f"linux-image-{release}", None)
+        try:
+            for name, content in guests.members_of_deb(deb, rf".*/kernel/.*/{pattern}"):
+                take(Path(name).name, content)
+        finally:
+            shutil.rmtree(deb.parent, ignore_errors=True)
+    missing = [name for name in MODULES if name not in found]
+    if missing:
+        raise Unavailable(f"kernel {release} comes without the module {missing[0]}")
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        found = {}
-        for name, content in guests.members_of_deb(deb, rf".*/kernel/.*/({'|'.join(MODULES)})\.ko(\.xz)?"):
-            plain = lzma.decompress(content) if name.endswith(".xz") else content
-            found[Path(name).name.partition(".")[0]] = plain
-        missing = [name for name in MODULES if name not in found]
-        if missing:
-            raise Unavailable(f"{deb.name} holds no module {missing[0]}")
-        for number, name in enumerate(MODULES):
-            (partial / f"{number}-{name}.ko").write_bytes(found[name])
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(deb.parent, ignore_errors=True)
+    for number, name in enumerate(MODULES):
+        (partial / f"{number}-{name}.ko").write_bytes(found[name])
+    partial.rename(folder)
 
 
 def disk_guest(command: str, files: Mapping[str, bytes] | None = None) -> LinuxGuest:
