@@ -189,6 +189,12 @@ class TeleportUncertain(TeleportError):
         self.custodian = custodian
 
 
+class TeleportInDoubt(TeleportError):
+    """A machine whose handover nobody confirmed must not go on, or be given up, as asked: the message says why."""
+
+    code = "teleport-doubt"
+
+
 class LocalProtocolError(TeleportError):
     """This side tried to send what the protocol does not allow now: a bug in vmf or in its caller."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
-from vmf.errors import InvalidStateError, TeleportError, TeleportUncertain, VmfError
+from vmf.errors import InvalidStateError, TeleportInDoubt, TeleportUncertain, VmfError
 from vmf.teleport.journal import Entry, Testimony
 from vmf.teleport.protocol import handover
 from vmf.teleport.protocol.handover import Answer, SourceCustody, SourceEvent, Verdict
@@ -52,16 +52,14 @@ class Finding:
         return f"{sentences[self.testimony.answer]} {self.testimony.detail}".strip()
 
     def permit(self, verdict: Verdict, name: str, how: str, force: bool) -> None:
-        """Raise TeleportError unless it may be done, or is forced; the error says what may happen."""
+        """Raise TeleportInDoubt unless it may be done, or is forced; the error says what may happen."""
         if verdict.allowed or force:
             return
-        error = TeleportError(
+        raise TeleportInDoubt(
             f"machine {name} is not to {how} here: {self.said} If it did, {verdict.risk}.",
             f"Find out what became of it at the target; if you know better, "
             f"`vmf controlvm {name} teleport --resolve {how} --force`.",
         )
-        error.code = "teleport-doubt"
-        raise error
 
 
 def ask(registry: PluginRegistry, name: str, peer: Address, teleport_id: bytes, password: str | None = None) -> Finding:

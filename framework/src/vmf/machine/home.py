@@ -265,10 +265,12 @@ class Home:
         The last: it was handed over to another host, which did not confirm it.
         """
         if (self.paths(name).definition.parent / "teleports").exists():
-            from vmf.machine.journal import in_doubt
+            from vmf.machine.journal import in_doubt, left
 
             if in_doubt(self, name) is not None:
                 return "uncertain"
+            if self.aborted(name) and left(self, name):
+                return "teleported"  # its process died just when it was about to end
         if self.aborted(name):
             return "aborted"
         return str(self.last_run(name).get("state", "poweredoff"))

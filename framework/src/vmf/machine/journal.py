@@ -125,6 +125,18 @@ def in_doubt(home: Home, name: str) -> Entry | None:
     return None
 
 
+def left(home: Home, name: str) -> bool:
+    """Whether a machine whose process died had gone to another host before: that process noted it."""
+    try:
+        began = home.paths(name).pid.stat().st_mtime_ns
+        return any(
+            entry.role is Role.SOURCE and entry.note is Note.GONE and path.stat().st_mtime_ns >= began
+            for path, entry in _entries(directory_of(home, name))
+        )
+    except OSError:
+        return False
+
+
 def clear_interrupted(home: Home, name: str) -> None:
     """Erase the notes of teleports out that a process of this machine did not live to end, and that are in no doubt."""
     for path, entry in _entries(directory_of(home, name)):

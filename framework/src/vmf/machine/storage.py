@@ -217,8 +217,9 @@ class MachineStorage:
 
     @property
     def leased(self) -> bool:
-        """Whether every writable image has a lease on a store that excludes: then the lease decides."""
-        return all(slot.lease is not None and slot.lease.store.excludes for slot in self.slots if slot.writable)
+        """Whether there are writable images, each with a lease on a store that excludes: then the lease decides."""
+        writable = [slot for slot in self.slots if slot.writable]
+        return bool(writable) and all(slot.lease is not None and slot.lease.store.excludes for slot in writable)
 
     def flush(self) -> None:
         """Make durable what was written until now. Raises StorageError."""

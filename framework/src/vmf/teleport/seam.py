@@ -90,7 +90,7 @@ class KeepsLeases(Protocol):
 
     @property
     def leased(self) -> bool:
-        """Whether *all* writable media carry leases: then the lease decides where the target cannot be asked."""
+        """Whether there are writable media and *all* carry leases: they decide where the target cannot be asked."""
 
     def pass_leases(self, teleport_id: bytes) -> None:
         """At the source, stopped: flush and close the media, and give up their leases for this teleport.
