@@ -185,6 +185,14 @@ def test_subscribers_get_every_change_and_teleport(home: Home, client: ControlCl
             b'{"jsonrpc": "2.0", "id": 1, "method": "teleport", "params": {"host": "h", "port": 0}}',
             rpc.INVALID_PARAMS,
         ),
+        (
+            b'{"jsonrpc": "2.0", "id": 1, "method": "teleport", "params": {"host": "h", "port": 1, "timeout_s":1e999}}',
+            rpc.INVALID_PARAMS,
+        ),
+        (
+            b'{"jsonrpc": "2.0", "id": 1, "method": "teleport", "params": {"host": "' + b"h" * 5000 + b'", "port": 1}}',
+            rpc.INVALID_PARAMS,
+        ),
     ],
 )
 def test_wrong_requests_are_answered_and_the_connection_lives(

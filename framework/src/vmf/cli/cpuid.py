@@ -12,6 +12,7 @@ import click
 from vmf.cli.app import json_option
 from vmf.cli.common import F, printable, say, table
 from vmf.cli.define import complete_backends
+from vmf.cli.password import password_from
 
 if TYPE_CHECKING:
     from vmf.cpuid.baseline import Party
@@ -33,7 +34,10 @@ def _backend_option(function: F) -> F:
 def _transport_option(function: F) -> F:
     tls = click.option("--tls-dir", metavar="DIR", help="This host's certificates, for the transport tls.")
     plugin = click.option("--transport", default="tcp", show_default=True, metavar="NAME", help="Transport plugin.")
-    return plugin(tls(function))
+    password = click.option(
+        "--password-file", metavar="FILE|stdin", help="File with the password of the machines that are asked."
+    )
+    return plugin(tls(password(function)))
 
 
 @click.group()
@@ -99,7 +103,13 @@ def show(backend: str, level: str | None, added: tuple[str, ...], removed: tuple
 @_transport_option
 @json_option
 def compare(
-    others: tuple[str, ...], backend: str, level: str, transport: str, tls_dir: str | None, as_json: bool
+    others: tuple[str, ...],
+    backend: str,
+    level: str,
+    transport: str,
+    tls_dir: str | None,
+    password_file: str | None,
+    as_json: bool,
 ) -> int:
     """Compare this host's CPU backend with others: could a machine made here go there?
 
@@ -118,8 +128,9 @@ def compare(
     from vmf.cpuid.render import agreement_json, difference_json, matrix_rows, summary_rows
 
     parse_level(level)
+    password = password_from("--password", None, password_file)
     here = _here(backend)
-    parties = [here, *_parties(others, transport, tls_dir)]
+    parties = [here, *_parties(others, transport, tls_dir, password)]
     contract = make_contract(here.capability.table, level, tsc_khz=here.capability.tsc_khz or None)
     results = [(party, honours(contract, here.capability, party.capability, level)) for party in parties[1:]]
     agreement = negotiate([party.capability for party in parties])
@@ -172,7 +183,13 @@ def compare(
 @_transport_option
 @json_option
 def baseline(
-    others: tuple[str, ...], with_here: bool, backend: str, transport: str, tls_dir: str | None, as_json: bool
+    others: tuple[str, ...],
+    with_here: bool,
+    backend: str,
+    transport: str,
+    tls_dir: str | None,
+    password_file: str | None,
+    as_json: bool,
 ) -> int:
     """Find the contract that suits all the hosts given, and the command that gives it to a machine.
 
@@ -188,7 +205,8 @@ def baseline(
     from vmf.cpuid.negotiate import negotiate
     from vmf.cpuid.render import agreement_json, summary_rows
 
-    parties = [*([_here(backend)] if with_here else []), *_parties(others, transport, tls_dir)]
+    password = password_from("--password", None, password_file)
+    parties = [*([_here(backend)] if with_here else []), *_parties(others, transport, tls_dir, password)]
     agreement = negotiate([party.capability for party in parties])
     suggestion = suggest(parties)
     if as_json:
@@ -232,7 +250,7 @@ def _here(backend: str) -> Party:
     return Party(capability.name, chosen.name, capability)
 
 
-def _parties(others: Sequence[str], transport: str, tls_dir: str | None) -> list[Party]:
+def _parties(others: Sequence[str], transport: str, tls_dir: str | None, password: str | None) -> list[Party]:
     """All of them, asked at the same time; raises the error of the first that did not answer."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -241,10 +259,10 @@ def _parties(others: Sequence[str], transport: str, tls_dir: str | None) -> list
     registry = PluginRegistry()
     options = {} if tls_dir is None else {"tls_dir": str(Path(tls_dir).expanduser().absolute())}
     with ThreadPoolExecutor(8, "vmf-ask") as pool:
-        return list(pool.map(lambda other: _party(registry, other, transport, options), others))
+        return list(pool.map(lambda other: _party(registry, other, transport, options, password), others))
 
 
-def _party(registry: Any, text: str, transport: str, options: dict[str, str]) -> Party:
+def _party(registry: Any, text: str, transport: str, options: dict[str, str], password: str | None) -> Party:
     from vmf.cpuid.baseline import Party
     from vmf.errors import ConfigError, VmfError
     from vmf.machine.config import split_peer
@@ -259,7 +277,9 @@ def _party(registry: Any, text: str, transport: str, options: dict[str, str]) ->
             "Give where a machine waits for a teleport, or a file that `vmf cpuid show --json` printed.",
         )
     try:
-        answer = ask_host(registry, host, port, asker="vmf cpuid", transport=transport, options=options)
+        answer = ask_host(
+            registry, host, port, asker="vmf cpuid", transport=transport, options=options, password=password
+        )
     except VmfError as error:
         made = type(error)(f"{text} cannot be asked: {error.message}", error.remedy)
         raise made from error

@@ -12,6 +12,7 @@ import click
 
 from vmf.cli.app import json_option
 from vmf.cli.common import home, machine_argument, say
+from vmf.cli.password import password_from
 from vmf.control.process import Observer, run_machine_process, spawn_detached
 from vmf.machine.home import Home
 
@@ -25,8 +26,15 @@ from vmf.machine.home import Home
     is_flag=True,
     help="Wait for a teleport although other hosts reach it with neither TLS nor a password.",
 )
+@click.option(
+    "--peer-password-file",
+    metavar="FILE|stdin",
+    help="File with the password of the teleport peers that are asked before the machine boots.",
+)
 @json_option
-def startvm(name: str, detach: bool, with_console: bool, insecure: bool, as_json: bool) -> None:
+def startvm(
+    name: str, detach: bool, with_console: bool, insecure: bool, peer_password_file: str | None, as_json: bool
+) -> None:
     """Start machine NAME.
 
     It runs in this process until it powers off or is teleported away; Ctrl-C powers it off. With the teleporter on,
@@ -40,8 +48,9 @@ def startvm(name: str, detach: bool, with_console: bool, insecure: bool, as_json
     """
     if detach and with_console:
         raise click.UsageError("--detach and --console exclude each other.", click.get_current_context())
+    password = password_from("--peer-password", None, peer_password_file)
     if detach:
-        ready = spawn_detached(home(), name, insecure=insecure)
+        ready = spawn_detached(home(), name, insecure=insecure, peer_password=password)
         if as_json:
             say(json.dumps({"name": name, **ready}))
             return
@@ -54,7 +63,7 @@ def startvm(name: str, detach: bool, with_console: bool, insecure: bool, as_json
         return
     observer = _Foreground(home(), name, with_console, as_json)
     try:
-        state = run_machine_process(home(), name, observer, insecure=insecure)
+        state = run_machine_process(home(), name, observer, insecure=insecure, peer_password=password)
     finally:
         observer.finish()
     if as_json:

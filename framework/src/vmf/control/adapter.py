@@ -60,8 +60,8 @@ class MachineAdapter:
         answer: Plain = plain(self.machine.info())
         return answer
 
-    def start(self) -> None:
-        self.machine.start()
+    def start(self, peer_password: str | None = None) -> None:
+        self.machine.start(peer_password=peer_password)
 
     def listen(self) -> str:
         return str(self.machine.listen())

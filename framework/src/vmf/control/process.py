@@ -77,11 +77,13 @@ def run_machine_process(
     *,
     make_machine: MachineFactory | None = None,
     insecure: bool = False,
+    peer_password: str | None = None,
 ) -> str:
     """Run a machine in this process until it has finished; its last state ("poweredoff" or "teleported").
 
     Call it on the main thread: it handles signals. With `insecure` it waits for a teleport wherever the definition
-    says. Raises whatever kept the machine from starting, and InvalidStateError when another process runs it.
+    says; `peer_password` is that of the teleport peers that are asked before it boots. Raises whatever kept the machine
+    from starting, and InvalidStateError when another process runs it.
     """
     watcher = observer if observer is not None else Observer()
     with home.own(name) as paths:
@@ -101,7 +103,7 @@ def run_machine_process(
 
                 machine.use_snapshots(SnapshotStore(name, paths.snapshots))
             with contextlib.closing(machine):
-                _serve(machine, config, paths, watcher, outcome)
+                _serve(machine, config, paths, watcher, outcome, peer_password)
         except VmfError as error:
             outcome.error = error
         detail = str(outcome.error) if isinstance(outcome.error, VmfError) else ""
@@ -122,7 +124,12 @@ def _real_machine(config: MachineConfig, report: Callable[[VmfError], None]) -> 
 
 
 def _serve(
-    machine: ControlledMachine, config: MachineConfig, paths: MachinePaths, watcher: Observer, outcome: _Outcome
+    machine: ControlledMachine,
+    config: MachineConfig,
+    paths: MachinePaths,
+    watcher: Observer,
+    outcome: _Outcome,
+    peer_password: str | None,
 ) -> None:
     console = ConsoleServer(machine.console_write, paths.console_socket, paths.console_live_socket, paths.console_log)
     machine.add_console_listener(console.output)
@@ -136,7 +143,7 @@ def _serve(
 
         def live() -> None:
             try:
-                outcome.state = _live(machine, config, watcher, stopping)
+                outcome.state = _live(machine, config, watcher, stopping, peer_password)
             except BaseException as error:  # noqa: BLE001 - raised again on the main thread
                 outcome.error = error
             os.write(writer, b"\0")
@@ -159,7 +166,13 @@ def _serve(
     console.close()
 
 
-def _live(machine: ControlledMachine, config: MachineConfig, watcher: Observer, stopping: threading.Event) -> str:
+def _live(
+    machine: ControlledMachine,
+    config: MachineConfig,
+    watcher: Observer,
+    stopping: threading.Event,
+    peer_password: str | None,
+) -> str:
     if config.teleporter.enabled:
         address = machine.listen()
         for text in machine.info().get("teleporter_notices", ()):
@@ -173,7 +186,7 @@ def _live(machine: ControlledMachine, config: MachineConfig, watcher: Observer, 
             return "poweredoff"
         watcher.arrived(summary)
     else:
-        machine.start()
+        machine.start(**({} if peer_password is None else {"peer_password": peer_password}))
     watcher.running(machine.info())
     if stopping.is_set():
         _power_off(machine)
@@ -214,19 +227,25 @@ def _signal_pipe() -> Iterator[tuple[int, int]]:
 
 
 def spawn_detached(
-    home: Home, name: str, *, environment: Mapping[str, str] | None = None, insecure: bool = False
+    home: Home,
+    name: str,
+    *,
+    environment: Mapping[str, str] | None = None,
+    insecure: bool = False,
+    peer_password: str | None = None,
 ) -> Plain:
     """Start a machine in a process of its own, in a new session, and wait until it runs or waits for its teleport.
 
-    Returns {"pid", "state", "address"}; address is where it waits for a teleport, "" otherwise. `insecure` as for
-    `run_machine_process`. Raises what kept the machine from starting. KeyboardInterrupt while waiting ends the new
-    process.
+    Returns {"pid", "state", "address"}; address is where it waits for a teleport, "" otherwise. `insecure` and
+    `peer_password` as for `run_machine_process`. Raises what kept the machine from starting. KeyboardInterrupt while
+    waiting ends the new process.
     """
     home.load(name)
     if home.process(name) is not None:
         raise InvalidStateError(f"Machine '{name}' is running already.", f"See `vmf showvminfo {name}`.")
     from vmf.machine.home import private_directory
 
+    options = (("--insecure",) if insecure else ()) + (("--peer-password",) if peer_password is not None else ())
     paths = home.paths(name)
     private_directory(paths.logs)
     reader, writer = os.pipe()
@@ -235,9 +254,9 @@ def spawn_detached(
             child = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "vmf.control"),
-                    *(name, str(home.data), str(home.runtime), str(writer), *(("--insecure",) if insecure else ())),
+                    *(name, str(home.data), str(home.runtime), str(writer), *options),
                 ],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if peer_password is None else subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 pass_fds=(writer,),
@@ -251,6 +270,10 @@ def spawn_detached(
         ) from error
     finally:
         os.close(writer)
+    if child.stdin is not None and peer_password is not None:
+        # Not as an argument, which everybody sees.
+        with contextlib.suppress(BrokenPipeError), child.stdin as pipe_in:
+            pipe_in.write(peer_password.encode() + b"\n")
     # Reaps the child should it end before us, so that a long-lived embedding program keeps no zombie.
     threading.Thread(target=child.wait, name="vmf-reaper", daemon=True).start()
     try:
@@ -321,7 +344,10 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     reporter = _Reporter(int(descriptor))
     try:
-        run_machine_process(Home(Path(data), Path(runtime)), name, reporter, insecure="--insecure" in sys.argv[5:])
+        options = sys.argv[5:]
+        password = sys.stdin.buffer.readline().decode().rstrip("\n") if "--peer-password" in options else None
+        home = Home(Path(data), Path(runtime))
+        run_machine_process(home, name, reporter, insecure="--insecure" in options, peer_password=password)
     except BaseException as error:
         log.log(logging.ERROR, "%s", error, exc_info=not isinstance(error, VmfError))
         reporter.tell({"error": rpc.error_object(error)})

@@ -47,8 +47,8 @@ class ControlledMachine(Protocol):
     def info(self) -> Plain:
         """A snapshot; never blocks. "state" is the value of a MachineState."""
 
-    def start(self) -> None:
-        """Power on and boot; returns when the guest runs."""
+    def start(self, peer_password: str | None = None) -> None:
+        """Power on and boot; returns when the guest runs. The password is that of the teleport peers."""
 
     def listen(self) -> str:
         """Power on as a teleport target; the real address, `scheme:host:port`."""

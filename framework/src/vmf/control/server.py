@@ -30,6 +30,9 @@ log = logging.getLogger("vmf.control")
 
 MAX_CONNECTIONS = 64
 MAX_QUEUED = 1024
+MAX_TEXT = 4096
+"""Characters of a text in a request: names, paths, passwords."""
+MAX_NUMBER = 1 << 62
 SEND_SECONDS = 10.0
 DRAIN_SECONDS = 5.0
 
@@ -374,6 +377,10 @@ def _checked(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         if not isinstance(value, known[name]) or (isinstance(value, bool) and bool not in known[name]):
             wanted = " or ".join(kind.__name__ for kind in known[name])
             raise ControlError(f"{method}: {name} is {type(value).__name__}, not {wanted}.", "Correct the request.")
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise ControlError(f"{method}: {name} is longer than {MAX_TEXT} characters.", "Correct the request.")
+        if isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:  # nor is it infinite
+            raise ControlError(f"{method}: {name} is out of all bounds.", "Correct the request.")
     for name in _REQUIRED.get(method, ()):
         if name not in params:
             raise ControlError(f"{method} lacks the parameter {name!r}.", "Add it.")

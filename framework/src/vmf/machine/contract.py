@@ -24,7 +24,7 @@ from vmf.cpuid.features import CpuidError, features_of
 from vmf.cpuid.levels import LEVELS, Level, level_of, parse_level
 from vmf.cpuid.negotiate import Capability, negotiate
 from vmf.cpuid.render import table_json
-from vmf.errors import BackendUnavailable, ContractOverridden, MachineError, StateError, VmfError
+from vmf.errors import AuthenticationError, BackendUnavailable, ContractOverridden, MachineError, StateError, VmfError
 from vmf.machine.config import AUTO_LEVEL, MachineConfig, split_peer
 from vmf.transport.base import Address
 
@@ -99,12 +99,14 @@ def ask_host(
     asker: str = "",
     transport: str = "tcp",
     options: Mapping[str, Any] | None = None,
+    password: str | None = None,
 ) -> HostCapability:
     """Ask the machine that waits for a teleport there what its CPU backend can present.
 
     Args:
         asker: who asks, for the log there.
         transport, options: name of the transport plugin, and its own settings.
+        password: of the machine that waits there; None for none.
 
     Raises TransportError when nobody can be reached, TeleportError when there is no answer.
     """
@@ -112,7 +114,7 @@ def ask_host(
 
     channel = registry.transport(transport).connect(Address(transport, host, port, options or {}), CONNECT_TIMEOUT_S)
     try:
-        return ask_capability(channel, asker, peer_label(host, port))
+        return ask_capability(channel, asker, peer_label(host, port), password=password)
     finally:
         channel.close()
 
@@ -155,7 +157,12 @@ def decide(
     return Decision(contract, khz, ContractOrigin(name, requested, wishes.peers, tuple(explanation)), backend)
 
 
-def settle(config: MachineConfig, registry: PluginRegistry, plug: Callable[[Decision], None]) -> Decision:
+def settle(
+    config: MachineConfig,
+    registry: PluginRegistry,
+    plug: Callable[[Decision], None],
+    peer_password: str | None = None,
+) -> Decision:
     """Decide about backend and contract, and make the vCPU with `plug`; returns the decision that held.
 
     With "auto" a backend that cannot honour what the definition asks for, or whose vCPU cannot be made for the contract
@@ -167,7 +174,7 @@ def settle(config: MachineConfig, registry: PluginRegistry, plug: Callable[[Deci
     Raises what `decide` and `plug` do when just one backend works here, and BackendUnavailable with the reasons of all
     when there are more.
     """
-    answers = ask_peers(config, registry) if config.cpuid.peers else None
+    answers = ask_peers(config, registry, peer_password) if config.cpuid.peers else None
     if config.cpu_backend != AUTO_BACKEND:
         decision = decide(config, registry.choose_cpu_backend(config.cpu_backend), registry, answers)
         plug(decision)
@@ -201,8 +208,11 @@ def describe_choice(backend: CpuBackend, refusals: Sequence[BackendRefusal]) -> 
     return "; ".join([f"{backend.name} chosen", *why])
 
 
-def ask_peers(config: MachineConfig, registry: PluginRegistry) -> Sequence[Capability]:
-    """What the definition's peers can present. Raises MachineError naming every one that could not be asked."""
+def ask_peers(config: MachineConfig, registry: PluginRegistry, password: str | None = None) -> Sequence[Capability]:
+    """What the definition's peers can present; `password` is that of all of them, None for none.
+
+    Raises MachineError naming every one that could not be asked.
+    """
     teleporter = config.teleporter
     # `allow` is about who may come here.
     options = {key: value for key, value in teleporter.transport_options().items() if key != "allow"}
@@ -210,8 +220,15 @@ def ask_peers(config: MachineConfig, registry: PluginRegistry) -> Sequence[Capab
     def ask(peer: str) -> Capability | VmfError:
         try:
             host, port = split_peer(peer)
-            answer = ask_host(registry, host, port, asker=config.name, transport=teleporter.transport, options=options)
+            name, transport = config.name, teleporter.transport
+            answer = ask_host(registry, host, port, asker=name, transport=transport, options=options, password=password)
             return answer.capability
+        except AuthenticationError as error:
+            if password is not None:
+                return error
+            return AuthenticationError(
+                error.message, f"`vmf startvm {config.name} --peer-password-file FILE` gives the password of the peers."
+            )
         except VmfError as error:
             return error
 

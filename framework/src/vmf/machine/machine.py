@@ -218,15 +218,18 @@ class Machine:
 
     # -- starting
 
-    def start(self, *, paused: bool = False) -> None:
-        """Power on and boot. Returns when the guest runs (or stands before its first instruction, if `paused`)."""
+    def start(self, *, paused: bool = False, peer_password: str | None = None) -> None:
+        """Power on and boot. Returns when the guest runs (or stands before its first instruction, if `paused`).
+
+        `peer_password` is that of the teleport peers that are asked before (`cpuid.peers`), None for none.
+        """
         with self.operation:
             self.set_state(_S.STARTING)
             self._powering_off = False
             try:
                 self.storage.open()
                 if not self._go_on_from_snapshot():
-                    decision = settle(self.config, self.registry, self._plug)
+                    decision = settle(self.config, self.registry, self._plug, peer_password)
                     self.contract_origin, self.backend_choice = decision.origin, decision.choice
                     self.hardware.power_on(self._load)
                 if not paused:
