@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from attrs import evolve
 from boot_debian import LEVEL, SPARING
@@ -35,12 +37,19 @@ from vmf.testing.serial_check import check
 ROUTE = "kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm,unicorn,kvm"
 SLOWDOWN = int(os.environ.get("VMF_LAB_SLOWDOWN", "1"))
 NAME = "debian"
+DOWNTIME_MS = 2000
+"""In the lab's time. A small goal costs many rounds in which all of RAM is compared, and shows nothing more."""
+
+
+def watch(progress: Mapping[str, Any]) -> None:
+    print(f"    {time.monotonic() * SLOWDOWN:.1f} {progress}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--route", default=ROUTE)
     parser.add_argument("--switch", action="store_true")
+    parser.add_argument("--verbose", action="store_true", help="tell of each teleport's progress")
     parser.add_argument("--memory", type=int, default=192, help="MiB")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--timeout", type=float, default=180, help="for the boot, and for a tick; seconds")
@@ -78,7 +87,9 @@ def main() -> int:
             time.sleep(randomness.random())
             begun = time.monotonic()
             with source.client(NAME) as client:
-                summary = client.teleport("127.0.0.1", port)
+                summary = client.teleport(
+                    "127.0.0.1", port, max_downtime_ms=DOWNTIME_MS, progress=watch if options.verbose else None
+                )
             took = (time.monotonic() - begun) * SLOWDOWN
             source.wait_gone(NAME)
             output += source.output(NAME)
@@ -90,8 +101,9 @@ def main() -> int:
                 print(f"--- FAILED: arrived on {used} instead of {after}")
                 return 1
             moves[f"{before} > {after}"] += 1
-            times = {key: round(value * SLOWDOWN / 1e6) for key, value in summary.items() if key.endswith("_ns")}
-            print(f"--- {before} > {after}: {took:.1f} s, {times} ms; ticks go on", flush=True)
+            times = {key[:-3]: round(value * SLOWDOWN / 1e6) for key, value in summary.items() if key.endswith("_ns")}
+            moved = f"{summary['rounds']} rounds, {summary['bytes'] >> 20} MiB, tracker {summary['tracker']}"
+            print(f"--- {before} > {after}: {took:.1f} s, {times} ms, {moved}; ticks go on", flush=True)
         if options.switch:
             here = route[-1]
             there = "unicorn" if here == "kvm" else "kvm"
