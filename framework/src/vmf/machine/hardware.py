@@ -312,6 +312,18 @@ class Hardware:
 
     # -- state
 
+    def payload_kinds(self) -> list[tuple[str, int, int]]:
+        """(kind, version, instance) of every payload that `save` gives and `restore` takes."""
+        return [
+            (CLOCK_KIND, 1, 0),
+            (VCPU_KIND, codec.FORMAT_VERSION, 0),
+            (CONSOLE_KIND, 1, 0),
+            *(
+                (kind, device.VERSION, instance)
+                for device, (kind, instance) in zip(self.devices, self.device_keys(), strict=True)
+            ),
+        ]
+
     def save(self) -> list[Payload]:
         """The complete state of the stopped machine, RAM excepted."""
 

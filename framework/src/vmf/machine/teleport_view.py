@@ -130,6 +130,9 @@ class TeleportView:
                 found.append(Blocker(key, values[0], values[1], remedy))
         return found
 
+    def payload_kinds(self) -> Sequence[tuple[str, int, int]]:
+        return self._machine.hardware.payload_kinds()
+
     def cpuid_capability(self) -> Capability:
         """What this machine's backend can present; the name is the backend's."""
         backend = self._machine.hardware.backend

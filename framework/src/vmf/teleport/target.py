@@ -472,7 +472,9 @@ class _Session:
         if len(machine.memory.touched_ranges()):
             machine.discard_arrival()  # of a session before: pages that are not sent must be zero here
         blockers = list(machine.check(offer.description))
-        blockers += compare_payloads(offer.payloads, payload_kinds(machine))
+        missing = {blocker.field.removeprefix("device ") for blocker in blockers}
+        states = compare_payloads(offer.payloads, payload_kinds(machine))
+        blockers += [blocker for blocker in states if blocker.field.removeprefix("state of ") not in missing]
         blockers += machine.local_blockers("target")
         if offer.ram_pages != machine.memory.pages and not any(b.field.startswith("memory") for b in blockers):
             blockers.append(
