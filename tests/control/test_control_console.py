@@ -115,6 +115,23 @@ def test_input_waits_until_the_machine_has_room(home: Home, console: ConsoleServ
         assert read_until(client, b"world") == b", world"
 
 
+def test_what_was_typed_by_someone_who_left_at_once_arrives(home: Home, console: ConsoleServer, machine: Any) -> None:
+    """As `printf 'poweroff\\n' | socat - UNIX:console.sock` does; the scrollback for it finds nobody any more."""
+    machine.print(b"x" * 300_000 + b"end")
+    settled(home, b"end")
+    machine.room = 3
+    with connect(home, "vm") as brief:
+        brief.sendall(b"abcdef")
+    time.sleep(0.2)
+    machine.print(b"to nobody")  # which shows that nobody is there
+    settled(home, b"to nobody")
+    machine.room = 100
+    deadline = time.monotonic() + 5
+    while not console._log_path.read_bytes().endswith(b"abcto nobodydef"):  # the machine echoes
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_full_disk_does_not_stop_the_guest(
     home: Home, console: ConsoleServer, machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

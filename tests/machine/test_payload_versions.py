@@ -30,7 +30,12 @@ def test_another_version_of_a_device_is_refused_before_anything_moves() -> None:
         address = target.listen("127.0.0.1", 0)
         device = next(device for device in target.hardware.devices if device.kind == "pc.uart16550")
         device.VERSION = device.VERSION + 1
-        thread = threading.Thread(target=lambda: pytest.raises(vmf.VmfError, target.wait_for_teleport))
+
+        def wait() -> None:
+            with pytest.raises(vmf.VmfError):
+                target.wait_for_teleport()
+
+        thread = threading.Thread(target=wait)
         thread.start()
         blockers = source.check_teleport(address.host, address.port)
         assert [(each.field, each.source, each.target) for each in blockers] == [

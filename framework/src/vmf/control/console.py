@@ -41,6 +41,8 @@ class _Client:
         self.input = b""
         self.reading = True
         """False after the client has shut down its sending side."""
+        self.listening = True
+        """False after it was found to read no more. What it sent before that is still typed."""
         self.registered = 0
 
 
@@ -139,7 +141,10 @@ class ConsoleServer:
         for client in list(self._clients):
             if client.input:
                 self._offer(client)
-            self._register(client)
+            if client.input or client.reading or client.listening:
+                self._register(client)
+            else:
+                self._drop(client)
 
     def _distribute(self) -> None:
         with self._lock:
@@ -151,7 +156,7 @@ class ConsoleServer:
         self._scrollback += data
         if len(self._scrollback) > 2 * SCROLLBACK:
             del self._scrollback[:-SCROLLBACK]
-        for client in list(self._clients):
+        for client in [each for each in self._clients if each.listening]:
             client.output += data
             if len(client.output) > CLIENT_BACKLOG:
                 lost = len(client.output) - CLIENT_BACKLOG // 2
@@ -179,7 +184,9 @@ class ConsoleServer:
         except BlockingIOError:
             pass
         except OSError:
-            self._drop(client)
+            # It may have typed something and gone: that is read until its end.
+            client.listening = False
+            client.output.clear()
 
     def _receive(self, client: _Client) -> None:
         try:

@@ -84,7 +84,7 @@ class Device(ABC):
     kind: str
     """As in `Payload.kind`."""
     VERSION: int = 1
-    """Of the payload's body, as `save` writes it and `restore` takes it. Both sides of a teleport compare it at once."""
+    """Of the payload's body, as `save` writes it and `restore` takes it. The check of a teleport compares it."""
     writes_ram: bool = True
     """Whether it ever writes guest RAM (DMA). Where none does, an engine's log of the guest's writes is complete."""
 
