@@ -195,3 +195,19 @@ def test_only_zeros_in_the_place_of_something_are_mentioned():
     sender.send_round(3, np.array([[0, 8]], dtype=np.uint64), stopped=True)
     assert (wire.pages, wire.zeros) == ([[[2, 3]]], [[[2, 3]]])
     memory.close()
+
+
+def test_a_message_is_told_once():
+    heard = []
+    reporter = Reporter("source", lambda event: heard.append((event.phase, event.message)))
+    reporter.phase("hello", message="the certificate expires in 3 days")
+    reporter.phase("offer")
+    reporter.update(message="told with the next event")  # too early to be told by itself
+    reporter.phase("check")
+    reporter.phase("precopy")
+    assert heard == [
+        ("hello", "the certificate expires in 3 days"),
+        ("offer", ""),
+        ("check", "told with the next event"),
+        ("precopy", ""),
+    ]

@@ -161,12 +161,13 @@ class Reporter:
             # Not told now, but part of the next event.
             self._event = attrs.evolve(self._event, **changes)
             return
-        self._event = attrs.evolve(self._event, elapsed_ns=now - self._began, **changes)
+        event = attrs.evolve(self._event, elapsed_ns=now - self._began, **changes)
+        self._event = attrs.evolve(event, message="")  # a message is told once
         self._last = now
         if self._listener is None:
             return
         try:
-            self._listener(self._event)
+            self._listener(event)
         except Exception:
             # Whoever watches must not be able to break what it watches.
             log.exception("a progress listener failed; it is not called again")
