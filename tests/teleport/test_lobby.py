@@ -292,6 +292,28 @@ def test_one_session_at_a_time(machines: Machines) -> None:
         second.close()
 
 
+def test_false_additional_channels_in_a_session(machines: Machines) -> None:
+    """Whoever says JOIN without the token is refused, and however many do, the session goes on."""
+    waiting = machines.wait()
+    machines.source.delay["open_dirty_tracker"] = 1.5
+    first = threading.Thread(target=machines.teleport)
+    first.start()
+    eventually(lambda: "check" in machines.target.log)
+    most = 0
+    while first.is_alive() and len(machines.strangers) < 200:
+        stranger = machines.stranger()
+        try:
+            stranger.sendall(m.encode(m.Join(bytes(16), bytes(m.TOKEN_SIZE))))
+        except OSError:
+            pass  # dropped already
+        most = max(most, visitors())
+    first.join(20)
+    assert machines.target.runs
+    assert len(machines.strangers) > 50
+    assert most <= 2 * lobby.MAX_VISITORS
+    eventually(lambda: not waiting.waits)
+
+
 def test_who_only_shows_that_he_is_alive_is_dropped(machines: Machines) -> None:
     waiting = machines.wait(idle_timeout_s=1.0, keepalive_s=60)
     stranger = machines.stranger()

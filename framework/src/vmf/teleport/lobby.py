@@ -112,7 +112,13 @@ class Lobby:
                 channel.close()
                 return
             self._changed.notify()
-        threading.Thread(target=self._receive, args=(visitor,), name="vmf-teleport-visitor", daemon=True).start()
+        thread = threading.Thread(target=self._receive, args=(visitor,), name="vmf-teleport-visitor", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads; the acceptor must not die of it
+            self._crowd.leave(visitor)
+            channel.close()
+            self.turned_away(f"{channel.remote} was dropped: this host allows no more threads.")
 
     def turned_away(self, reason: str) -> None:
         """One line about somebody who does not come in; in a flood only some are told."""
@@ -220,6 +226,7 @@ class Lobby:
 
         hello = receive()
         if isinstance(hello, m.Join):
+            self._next(visitor, "join", WANTS)
             return hello
         if not isinstance(hello, m.Hello):
             raise RemoteProtocolError(f"the source sent {hello.word()} where HELLO was due.")

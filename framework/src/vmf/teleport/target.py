@@ -235,7 +235,10 @@ class _Target:
     def _join(self, visitor: Visitor, message: m.Join) -> bool:
         """On the thread of somebody who says that it is an additional channel of the teleport under way."""
         session = self._session
-        return session is not None and self._lobby.release(visitor) and session.joiners.admit(visitor.link, message)
+        if session is None or not session.joiners.admit(visitor.link, message):
+            return False
+        self._lobby.release(visitor)  # had it to make room in this very moment, the session hears that it is broken
+        return True
 
     def _admit(self, visitor: Visitor) -> bool:
         """On the thread of somebody who has authenticated: give him the place, or an answer."""

@@ -106,9 +106,14 @@ class TlsListener(Listener):
                 _break(leaves)
             if self._shut:
                 _break(connection)
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._shake_hands, args=(connection, peer), name="vmf-tls-handshake", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads: this one is not served, later ones may be
+                self._pending.leave(connection)
+                connection.close()
 
     def _shake_hands(self, connection: socket.socket, peer: Any) -> None:
         """A thread for each connection."""
