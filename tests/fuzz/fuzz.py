@@ -6,7 +6,7 @@
     python tests/fuzz/fuzz.py --replay FILE talk   one input, as it was found
     python tests/fuzz/fuzz.py --list
 
-Needs `pip install atheris`. Corpora are kept in `--corpus` (made from the golden vectors and from what `fuzzing/`
+Needs atheris (`pip install ".[fuzz]"`). Corpora are kept in `--corpus` (made from the golden vectors and from what `fuzzing/`
 builds; nothing is downloaded), findings in `--findings`. A finding is mended, and its input goes to
 `tests/fuzz/regressions/TARGET/`, from where the ordinary tests replay it.
 
