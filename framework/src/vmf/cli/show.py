@@ -79,16 +79,25 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Teleports allowed from", ", ".join(teleporter.allow)),
         ("Teleport password", "set" if teleporter.password_verifier else ""),
         ("Waits at", live.get("teleporter_address")),
+        ("Answers at", _answers(live.get("answers_at"))),
         ("Guest time", f"{live['guest_time_seconds']} s" if "guest_time_seconds" in live else ""),
         ("Definition", paths.definition),
         ("Console log", paths.console_log),
     ]
-    if state == "aborted":
-        rows.insert(2, ("", "its process ended without cleaning up; `vmf startvm` starts it anew"))
+    explained = {
+        "aborted": "its process ended without cleaning up; `vmf startvm` starts it anew",
+        "uncertain": f"handed over, not confirmed: it may run there; see `vmf controlvm {name} teleport --status`",
+    }
+    if state in explained:
+        rows.insert(2, ("", explained[state]))
     width = max(len(label) for label, _ in rows) + 2
     for label, value in rows:
         if value not in (None, ""):
             say(f"{(label + ':' if label else '').ljust(width)}{value}")
+
+
+def _answers(address: Any) -> str:
+    return f"{address}, because its source has not confirmed that it arrived" if address else ""
 
 
 def _contract(cpuid: Any) -> str:

@@ -148,6 +148,9 @@ class MachineAdapter:
         """Write teleports down there; before the first one."""
         self.machine.journal = journal
 
+    def release_teleporter(self) -> bool:
+        return self.machine.release_teleporter()
+
     def resolve_teleport(self, how: str, force: bool, peer: Plain | None = None) -> str:
         where, password = self._peer(peer)
         return self.machine.resolve_teleport(how, force=force, peer=where, password=password)

@@ -176,6 +176,10 @@ class ControlClient:
             params["peer"] = dict(peer)
         return self._mapping("teleport.status", params, timeout=60)
 
+    def release_teleporter(self) -> bool:
+        """Have it stop answering questions about its arrival, so that its port is free; False when it did not."""
+        return bool(self._mapping("teleport.release", timeout=30).get("released"))
+
     def resolve_teleport(self, how: str, *, force: bool = False, peer: Mapping[str, Any] | None = None) -> str:
         """Decide a handover that nobody confirmed: "resume" here, or "discard"; what was found and done."""
         params: Plain = {"how": how, "force": force}

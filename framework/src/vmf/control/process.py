@@ -92,7 +92,9 @@ def run_machine_process(
             config = evolve(config, teleporter=evolve(config.teleporter, insecure=True))
         outcome = _Outcome()
         try:
-            if not config.teleporter.enabled:  # what only waits can make no second copy
+            if config.teleporter.enabled:
+                _make_room(home, config)
+            else:  # what only waits can make no second copy
                 refuse_in_doubt(home, name)
             clear_interrupted(home, name)
             machine = (make_machine or _real_machine)(config, lambda problem: watcher.notice(f"warning: {problem}"))
@@ -114,6 +116,21 @@ def run_machine_process(
         if outcome.error is not None:
             raise outcome.error
         return outcome.state
+
+
+def _make_room(home: Home, config: MachineConfig) -> None:
+    """Have another machine of this home stop answering questions at the port that this one is to wait on.
+
+    It arrived there, and its source did not confirm that; whoever waits there now answers in its place.
+    """
+    from vmf.control.client import ControlClient
+
+    for other in home.running():
+        if other != config.name:
+            with contextlib.suppress(VmfError), ControlClient.of(home, other) as client:
+                at = str(client.info().get("answers_at", ""))
+                if at.rpartition(":")[2] == str(config.teleporter.port):
+                    client.release_teleporter()
 
 
 def _real_machine(config: MachineConfig, report: Callable[[VmfError], None]) -> ControlledMachine:

@@ -110,6 +110,9 @@ class ControlledMachine(Protocol):
         "transport", "options", "password", all optional.
         """
 
+    def release_teleporter(self) -> bool:
+        """Stop answering questions about an arrival that its source did not confirm; False when it did not."""
+
     def resolve_teleport(self, how: str, force: bool, peer: Plain | None = None) -> str:
         """Decide a handover that nobody confirmed, "resume" or "discard"; what was found and done, for people."""
 

@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "teleport.cancel": {},
     "teleport.status": {"ask": (bool,), "peer": (dict,)},
+    "teleport.release": {},
     "teleport.resolve": {"how": (str,), "force": (bool,), "peer": (dict,)},
     "switch_backend": {"backend": (str,)},
     "trace": {"instructions": (int,), "output": (str,), "json_lines": (bool,)},
@@ -185,6 +186,7 @@ class ControlServer:
                 if params
                 else machine.teleport_status()
             ),
+            "teleport.release": lambda: {"released": machine.release_teleporter()},
             "teleport.resolve": lambda: {
                 "done": machine.resolve_teleport(params["how"], params.get("force", False), params.get("peer"))
             },

@@ -623,6 +623,13 @@ class Machine:
         """
         return self._teleporter.describe_doubt(asking=asking, peer=peer, password=password)
 
+    def release_teleporter(self) -> bool:
+        """After an arrival that its source did not confirm: be asked about it no more, and free the port.
+
+        Whoever waits there next answers in its place, if it belongs to the same home. False when nothing was to free.
+        """
+        return self._teleporter.close_witness()
+
     def resolve_teleport(
         self, how: str, *, force: bool = False, peer: Address | None = None, password: str | None = None
     ) -> str:

@@ -191,11 +191,13 @@ class Teleporter:
         found = doubt.ask(machine.registry, machine.name, peer, password) if asking else None
         return describe(doubt.entry, found, orphaned=False, leased=machine.storage.leased) | {"why": doubt.why}
 
-    def close_witness(self) -> None:
-        """Be asked no more; idempotent."""
+    def close_witness(self) -> bool:
+        """Be asked no more; False when it was not."""
         witness, self.witness = self.witness, None
-        if witness is not None:
-            witness.close()
+        if witness is None:
+            return False
+        witness.close()
+        return True
 
     def _observed(self, progress: ProgressListener | None, role: str) -> ProgressListener:
         """Pass events on, and tell the life-cycle hooks of every phase."""
