@@ -136,6 +136,56 @@ def test_no_write_is_lost_through_teleports(hosts: tuple[Host, Host], tmp_path: 
     assert found[-1][1] > found[0][1], "it goes on"
 
 
+FILES = 150
+_FILE_WORK = f"""
+mount -t ext4 /dev/vda /mnt; i=0
+while [ $i -lt {FILES} ]; do
+    head -c 300000 /dev/urandom > /mnt/f$i; rm -f /mnt/f$((i-30)); sha256sum /mnt/f$i >> /tmp/sums; sync
+    echo 3 > /proc/sys/vm/drop_caches; tail -n 5 /tmp/sums > /tmp/last; sha256sum -c -s /tmp/last || echo MISMATCH
+    echo "tick $i "; i=$((i+1))
+done
+umount /mnt && echo unmounted
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_file_system_is_clean_after_teleports(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Files written, synchronised, read back and deleted on ext4 while the machine moves; then fsck."""
+    tools = "/usr/sbin:/sbin:/usr/bin"
+    mkfs, fsck = (shutil.which(name, path=tools) for name in ("mkfs.ext4", "e2fsck"))
+    if mkfs is None or fsck is None:
+        pytest.skip("mkfs.ext4 is missing (apt install e2fsprogs)")
+    try:
+        guest = disks.disk_guest(_FILE_WORK)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    disk = blank(tmp_path)
+    subprocess.run([mkfs, "-q", "-F", str(disk)], check=True)
+    for host in hosts:
+        host.define(machine(guest, disk))
+    source, target = hosts
+    source.start("box")
+    source.wait_for_output("box", b"tick 3 ", 120)
+    output = b""
+    for _ in range(HOPS):
+        port = target.wait("box")
+        with source.client("box") as client:
+            client.teleport("127.0.0.1", port)
+        source.wait_gone("box")
+        output += source.output("box")
+        source, target = target, source
+        time.sleep(random.random() / 2)
+    if b"ended with status" not in output:
+        output += source.wait_for_output("box", b"ended with status", 120)
+    assert b"MISMATCH" not in output
+    assert b"unmounted" in output, output[-500:]
+    with source.client("box") as client:
+        client.power_off()
+    source.wait_gone("box")
+    checked = subprocess.run([fsck, "-fn", str(disk)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
 @pytest.mark.timeout(300)
 def test_what_was_acknowledged_survives_a_kill(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """Every block that the guest's fsync acknowledged is there after SIGKILL of the machine's process under load."""

@@ -54,3 +54,20 @@ def test_overlaps_name_both_owners(base: int, size: int) -> None:
 def test_impossible_ports_are_refused(base: int, size: int) -> None:
     with pytest.raises(ConfigError):
         Bus().claim_ports("dev", base, size, Recorder())
+
+
+def test_ranges_can_be_given_up_and_claimed_elsewhere() -> None:
+    bus, device = Bus(), Recorder()
+    bus.claim_ports("pci", 0xC000, 4, device)
+    bus.claim_mmio("pci", 0xE000_0000, 0x1000, device)
+    bus.claim_mmio("other", 0xE000_1000, 0x1000, device)
+    bus.release_ports(0xC000)
+    bus.release_mmio(0xE000_0000)
+    bus.release_mmio(0xE000_0000)
+    assert bus.port_read(0xC001, 1) == 0xFF
+    assert bus.mmio_read(0xE000_0004, 4) == 0xFFFF_FFFF
+    assert bus.mmio_read(0xE000_1000, 4) == 4
+    bus.claim_ports("pci", 0xC002, 4, device)
+    bus.claim_mmio("pci", 0xE000_0800, 0x800, device)
+    assert bus.port_read(0xC003, 1) == 0x11
+    assert bus.mmio_read(0xE000_0810, 1) == 0x101

@@ -57,6 +57,9 @@ def main() -> int:
             good = check(machine, output, options.rounds, options.timeout)
             print(output[-1500:].decode(errors="replace"))
             print(f"--- {machine.state.value} {machine.failure}")
+            if not good:
+                for payload in machine.hardware.save():
+                    print(f"--- {payload}")
     return 0 if good else 1
 
 

@@ -148,15 +148,17 @@ class VirtioBlock(VirtioDevice):
 
     def notified(self, number: int) -> None:
         queue = self.queues[0]
-        while (chain := queue.pop()) is not None:
-            request = self._request(chain)
-            if request.kind == _DONE or (
-                request.kind == T_IN and request.length <= AT_ONCE_MAX and request.run_at_once()
-            ):
-                self._report(request)
-                self.completed(queue)
-            else:
-                self._threads.submit(request)
+        try:
+            while (chain := queue.pop()) is not None:
+                request = self._request(chain)
+                if request.kind == _DONE or (
+                    request.kind == T_IN and request.length <= AT_ONCE_MAX and request.run_at_once()
+                ):
+                    self._report(request)
+                else:
+                    self._threads.submit(request)
+        finally:
+            self.completed(queue)
 
     def _request(self, chain: Chain) -> _Request:
         """Take a request apart. Raises QueueError when it is none at all."""
