@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vmf.errors import TeleportError, VmfError
+from vmf.errors import TeleportError, TeleportUncertain, VmfError
 from vmf.machine.config import DriveConfig, MachineConfig
 from vmf.plugins.bridge import PluginRegistry
 from vmf.storage.media import lease_of
 from vmf.testing.disks import disk_guest
+from vmf.testing.faults import Fault, FaultProxy
 from vmf.testing.hosts import Host
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
@@ -44,7 +48,7 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
         yield a, b
 
 
-def machine(disk: Path, *, size: str = "") -> MachineConfig:
+def machine(disk: Path | str) -> MachineConfig:
     try:
         guest = disk_guest(STAMP)
     except FileNotFoundError as error:
@@ -98,6 +102,49 @@ def test_every_acknowledged_write_is_there_after_teleports(hosts: tuple[Host, Ho
     assert lease_of(PluginRegistry(), str(disk)).standing == "free"
 
 
+@pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="no qemu-storage-daemon (apt: qemu-utils)")
+def test_a_disk_on_an_nbd_server(hosts: tuple[Host, Host], disk: Path) -> None:
+    """The same, with the image and its lease on a server; it serves qcow2 as well."""
+    lease, socket = disk.with_name("lease"), disk.with_name("nbd.sock")
+    lease.write_bytes(bytes(8192))
+    server = subprocess.Popen(
+        [
+            "qemu-storage-daemon",
+            *("--blockdev", f"driver=file,filename={disk},node-name=f", "--blockdev", "driver=raw,file=f,node-name=d"),
+            *("--blockdev", f"driver=file,filename={lease},node-name=g", "--blockdev", "driver=raw,file=g,node-name=l"),
+            *("--nbd-server", f"addr.type=unix,addr.path={socket},max-connections=0"),
+            *("--export", "type=nbd,id=a,node-name=d,name=web,writable=on"),
+            *("--export", "type=nbd,id=b,node-name=l,name=web.vmf-lease,writable=on"),
+        ]
+    )
+    try:
+        end = time.monotonic() + 60
+        while not socket.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        medium = f"nbd+unix:///web?socket={socket}"
+        source, target = hosts
+        for host in hosts:
+            host.define(machine(medium))
+        source.start("vm")
+        source.wait_for_more("vm", b"stamped ", timeout=300)
+        for _ in range(2):
+            port = target.wait("vm")
+            with source.client("vm") as client:
+                client.teleport("127.0.0.1", port, max_downtime_ms=500)
+            target.wait_for_more("vm", b"stamped ", timeout=300)
+            source.wait_gone("vm")
+            source, target = target, source
+        last = max(stamps(source, target))
+        assert b"FAILED" not in source.output("vm")
+        with source.client("vm") as client:
+            client.power_off()
+        source.wait_gone("vm")
+    finally:
+        server.terminate()
+        server.wait(30)
+    verify(disk, last)
+
+
 def test_a_second_machine_is_refused_with_the_owners_name(hosts: tuple[Host, Host], disk: Path) -> None:
     for host in hosts:
         host.define(machine(disk))
@@ -149,3 +196,63 @@ def test_a_stopped_target_does_not_get_the_machine_any_more(hosts: tuple[Host, H
     with source.client("vm") as client:
         client.teleport("127.0.0.1", port, max_downtime_ms=500)
     target.wait_for_more("vm", b"stamped ", timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut", "HANDOVER"),
+        ("kill-target", "HANDOVER"),
+        ("stop-target", "HANDOVER"),
+        ("cut", "RUNNING"),
+        ("kill-target", "RUNNING"),
+    ],
+)
+def test_the_lease_decides_an_interrupted_handover(
+    hosts: tuple[Host, Host], disk: Path, kind: str, message: str
+) -> None:
+    """HANDOVER or its answer is lost, or the target dies or stops there, and nobody can be asked: one command recovers.
+
+    Whoever gets the lease is the machine; the other one cannot write, whatever it believes.
+    """
+    source, target = hosts
+    for host in hosts:
+        host.define(machine(disk))
+    source.start("vm")
+    source.wait_for_more("vm", b"stamped ", timeout=300)
+    port = target.wait("vm")
+
+    def strike(side: str) -> None:
+        target.kill("vm", signal.SIGSTOP if kind == "stop-target" else signal.SIGKILL)
+
+    fault = Fault("kill-target" if kind == "stop-target" else kind, message)
+    with FaultProxy(port, fault, strike) as proxy:
+        with source.client("vm") as client, pytest.raises(TeleportUncertain):
+            client.teleport("127.0.0.1", proxy.port, max_downtime_ms=500)
+        assert source.state("vm") == "uncertain"
+        proxy.deaf = True  # the target cannot be asked: only the lease is left
+        lease = lease_of(PluginRegistry(), str(disk))
+        with source.client("vm") as client:
+            if message == "RUNNING":
+                assert lease.standing == "held"
+                with pytest.raises(VmfError, match="machine vm"):
+                    client.resolve_teleport("resume")
+                runs = target if kind == "cut" else None
+            else:
+                assert lease.standing == "offered"
+                client.resolve_teleport("resume")
+                runs = source
+    if kind == "stop-target":
+        target.kill("vm", signal.SIGCONT)
+        assert target.wait_for_state("vm", "teleportingin") == "teleportingin"
+    if runs is None:  # it died there: what it acknowledged is on the disk, and it can be booted where it died
+        assert source.state("vm") == "uncertain"
+        verify(disk, max(stamps(source, target)))
+        return
+    runs.wait_for_more("vm", b"stamped ", timeout=300)
+    assert b"FAILED" not in runs.output("vm")
+    last = max(stamps(source, target))
+    with runs.client("vm") as client:
+        client.power_off()
+    runs.wait_gone("vm")
+    verify(disk, last)
