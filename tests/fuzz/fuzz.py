@@ -6,9 +6,9 @@
     python tests/fuzz/fuzz.py --replay FILE talk   one input, as it was found
     python tests/fuzz/fuzz.py --list
 
-Needs atheris (`pip install ".[fuzz]"`). Corpora are kept in `--corpus` (made from the golden vectors and from what `fuzzing/`
-builds; nothing is downloaded), findings in `--findings`. A finding is mended, and its input goes to
-`tests/fuzz/regressions/TARGET/`, from where the ordinary tests replay it.
+Needs atheris (`pip install ".[fuzz]"`). Corpora are kept in `--corpus` (made from the golden vectors and from what
+`fuzzing/` builds; nothing is downloaded), findings in `--findings`. A finding is mended, and its input, shortened, goes
+to `fuzzing/regressions.py`, from where the ordinary tests replay it.
 
 Each target runs in a process of its own, so that a crash, a hang (an input that takes `HANG_S`) or a leak
 (`RSS_LIMIT_MIB`) ends only that target and is told. The table shows inputs, coverage and memory: the resident set
