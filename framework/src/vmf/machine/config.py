@@ -5,8 +5,9 @@ valid. Every field carries the check that its value must pass, so that a file, t
 are judged by the same rules, and all problems are found in one go: `ConfigErrors.problems` lists each with its key,
 the value, the reason and the remedy.
 
-To add a setting: a field made with `_setting`. To add a section: a frozen class of such fields, and a field of that
-class in `MachineConfig`; reading, writing, unknown keys and error messages follow from it.
+To add a setting: a field made with `_setting`, and its check in `vmf.machine.config_checks`. To add a section: a frozen
+class of such fields, and a field of that class in `MachineConfig`; reading, writing, unknown keys and error messages
+follow from it.
 """
 
 # ruff: noqa: RUF009 - `_setting` and `_section` make attrs fields, not values
@@ -14,12 +15,9 @@ class in `MachineConfig`; reading, writing, unknown keys and error messages foll
 from __future__ import annotations
 
 import difflib
-import ipaddress
-import os
-import re
 import tomllib
 import uuid as uuidlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,17 @@ import attrs
 from attrs import frozen
 
 from vmf.errors import ConfigError
+from vmf.machine import config_checks as checks
+from vmf.machine.config_checks import AUTO_LEVEL as AUTO_LEVEL
+from vmf.machine.config_checks import MAX_DRIVES
+from vmf.machine.config_checks import NAME_PATTERN as NAME_PATTERN
+from vmf.machine.config_checks import split_peer as split_peer
 
 FORMAT_VERSION = 1
 """Of the TOML file. Readers refuse newer ones."""
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_MEMORY_MIB = 1 << 20
 MAX_FILE_BYTES = 1 << 20
-AUTO_LEVEL = "auto"
-"""`cpuid.portability_level` that is negotiated with the peers."""
-CPU_VENDORS = ("GenuineIntel", "AuthenticAMD", "HygonGenuine", "CentaurHauls")
-"""What CPUID leaf 0 spells on the x86-64 processors that there are."""
 
 
 @frozen
@@ -79,19 +77,7 @@ class ConfigErrors(ConfigError):
         return cls(f"{where}: {len(problems)} settings are wrong: {listed}", "", tuple(problems))
 
 
-class _Bad(ValueError):
-    """What a check raises; the caller knows the key."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
-
-
-Check = Callable[[Any], None]
-
-
-def _setting(check: Check, *, secret: bool = False, **arguments: Any) -> Any:
+def _setting(check: checks.Check, *, secret: bool = False, **arguments: Any) -> Any:
     """A field; the value of a secret one is neither shown in messages nor by `repr`."""
     return attrs.field(metadata={"check": check, "secret": secret}, repr=not secret, **arguments)
 
@@ -102,250 +88,15 @@ def _section(section: type[Any]) -> Any:
 
 def _sections(section: type[Any]) -> Any:
     """A list of sections, `[[name]]` in TOML."""
-    return attrs.field(factory=tuple, converter=_frozen_list, metadata={"sections": section})
-
-
-# -- checks: each raises _Bad --------------------------------------------------------------------------------
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    value = str(value) if isinstance(value, Path) else value
-    text = repr(value) if not isinstance(value, str) else '"' + value.replace("\n", "\\n") + '"'
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _text(limit: int, *, newlines: bool = False) -> Check:
-    def check(value: Any) -> None:
-        if not isinstance(value, str):
-            raise _Bad(f"is {_kind(value)}, not a text", "Write it in quotes.")
-        if len(value.encode("utf-8", "surrogatepass")) > limit:
-            raise _Bad(f"is longer than {limit} bytes", "Shorten it.")
-        control = [char for char in value if ord(char) < 32 and not (newlines and char in "\n\t")] + (
-            [char for char in value if 0xD800 <= ord(char) < 0xE000 or char == "\x7f"]
-        )
-        if control:
-            raise _Bad(f"contains the control character {control[0]!r}", "Remove it.")
-
-    return check
-
-
-def _optional(check: Check) -> Check:
-    def checked(value: Any) -> None:
-        if value is not None:
-            check(value)
-
-    return checked
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number with a fraction", str: "a text"}
-    names |= {list: "a list", dict: "a section"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _whole(low: int, high: int, unit: str) -> Check:
-    def check(value: Any) -> None:
-        if type(value) is not int:
-            raise _Bad(f"is {_kind(value)}, not a whole number", f"Give {unit}, {low} to {high}.")
-        if not low <= value <= high:
-            raise _Bad(f"is outside {low} to {high}", f"Give {unit}, {low} to {high}.")
-
-    return check
-
-
-def _switch(value: Any) -> None:
-    if type(value) is not bool:
-        raise _Bad(f"is {_kind(value)}, neither true nor false", "Write true or false.")
+    return attrs.field(factory=tuple, converter=checks.frozen_list, metadata={"sections": section})
 
 
 def check_name(value: Any) -> None:
     """Raise ConfigError unless it can be a machine's name."""
     try:
-        _name(value)
-    except _Bad as bad:
-        raise ConfigErrors.of("machine name", [Problem("name", _show(value), bad.reason, bad.remedy)]) from None
-
-
-def _name(value: Any) -> None:
-    _text(64)(value)
-    if not NAME_PATTERN.fullmatch(value):
-        raise _Bad(
-            "is not a machine name",
-            "Use 1 to 64 of the characters A-Z a-z 0-9 . _ - beginning with a letter or digit.",
-        )
-
-
-def _uuid(value: Any) -> None:
-    _text(36)(value)
-    try:
-        if str(uuidlib.UUID(value)) == value.lower():
-            return
-    except ValueError:
-        pass
-    raise _Bad("is not a UUID", "Write 32 hexadecimal digits as 8-4-4-4-12, or leave it out to get a new one.")
-
-
-def _plugin_name(value: Any) -> None:
-    _text(64)(value)
-    if not NAME_PATTERN.fullmatch(value):
-        raise _Bad("is not a plugin's name", "`vmf list plugins` shows the names.")
-
-
-def _device_names(value: Any) -> None:
-    if not isinstance(value, list | tuple):
-        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of device plugins, like ["pc"].')
-    for name in value:
-        _plugin_name(name)
-    if len(set(value)) != len(value):
-        twice = next(name for name in value if list(value).count(name) > 1)
-        raise _Bad(f"names {twice!r} more than once", "Name each device plugin once.")
-    if not value or len(value) > 64:
-        raise _Bad("is empty" if not value else "has more than 64 entries", 'The usual list is ["pc"].')
-
-
-def _device_options(value: Any) -> None:
-    if not isinstance(value, Mapping) or not all(isinstance(each, Mapping) for each in value.values()):
-        raise _Bad("is not a section of sections", "Write a [device_options.NAME] section for each device plugin.")
-
-
-DRIVE_TYPES = ("hdd", "dvddrive", "floppy")
-MAX_DRIVES = 16
-
-
-def _drive_type(value: Any) -> None:
-    if value not in DRIVE_TYPES:
-        raise _Bad("is no kind of drive", f"Write one of {', '.join(DRIVE_TYPES)}.")
-
-
-def _medium(value: Any) -> None:
-    _text(4096)(value)
-    if value and not os.path.isabs(value) and not re.match(r"[a-z][a-z0-9+.-]+:", value):
-        raise _Bad("is neither an absolute path nor a URI", "Write the whole path of the image, or SCHEME:...")
-
-
-def _path(value: Any) -> None:
-    if value is None:
-        return
-    value = str(value) if isinstance(value, Path) else value
-    _text(4096)(value)
-    if not value:
-        raise _Bad("is empty", "Give the file's path, or leave the key out.")
-    if not os.path.isabs(value):
-        raise _Bad("is not an absolute path", f"Write the whole path, like {os.path.abspath(value)}.")
-
-
-def _allowed_names(value: Any) -> None:
-    if not isinstance(value, list | tuple):
-        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of names in certificates, like ["host.example"].')
-    for name in value:
-        _text(255)(name)
-        if not name.strip():
-            raise _Bad("has an empty name", "Write the name in the source's certificate.")
-    if len(value) > 256:
-        raise _Bad("has more than 256 names", "Use an own CA for the hosts that may teleport here.")
-
-
-def _verifier(value: Any) -> None:
-    """Its messages never quote the value: it may be a password that somebody wrote there."""
-    if value is None:
-        return
-    remedy = "Set the password with `vmf modifyvm NAME --teleporter-password-file FILE`, or drop the key."
-    if not isinstance(value, str):
-        raise _Bad(f"is {_kind(value)}, not a text", remedy)
-    from vmf.teleport.authentication import Verifier
-
-    try:
-        Verifier.parse(value)
-    except ValueError:
-        raise _Bad("is no salted verifier (a password never stands here itself)", remedy) from None
-
-
-def _address(value: Any) -> None:
-    _text(255)(value)
-    if not value:
-        raise _Bad("is empty", 'Write "0.0.0.0" to listen on every IPv4 address of this host.')
-    try:
-        ipaddress.ip_address(value.partition("%")[0])
-    except ValueError:
-        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", value):
-            raise _Bad(
-                "is neither an IP address nor a host name", "Give an address of this host, like 127.0.0.1 or ::1."
-            ) from None
-
-
-def _cpuid_level(value: Any) -> None:
-    if type(value) is not int and not isinstance(value, str):
-        raise _Bad(f"is {_kind(value)}, neither a level nor a name", "Give 0 to 4, the name of a profile, or auto.")
-    if value == AUTO_LEVEL:
-        return
-    from vmf.cpuid.features import CpuidError
-    from vmf.cpuid.levels import parse_level
-
-    try:
-        parse_level(value)
-    except CpuidError as error:
-        raise _Bad("is no portability level", error.remedy) from None
-
-
-def _cpu_vendor(value: Any) -> None:
-    if value not in ("", *CPU_VENDORS):
-        choices = ", ".join(CPU_VENDORS)
-        raise _Bad("is no CPU vendor", f'Give one of {choices}, or "" for the CPU backend\'s own.')
-
-
-def _cpu_features(value: Any) -> None:
-    if not isinstance(value, list | tuple):
-        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of CPU features, like ["aes"].')
-    for name in value:
-        _text(64)(name)
-    if not value:
-        return  # what follows needs the tables of all features
-    from vmf.cpuid.features import CpuidError, feature
-
-    for name in value:
-        try:
-            feature(name)
-        except CpuidError as error:
-            raise _Bad(f"names no CPU feature with {_show(name)}", error.remedy) from None
-
-
-def _peers(value: Any) -> None:
-    if not isinstance(value, list | tuple):
-        raise _Bad(f"is {_kind(value)}, not a list", 'Write a list of hosts, like ["otherhost:6000"].')
-    if len(value) > 64:
-        raise _Bad("has more than 64 entries", "Name only hosts that the machine is to teleport to.")
-    for peer in value:
-        _text(300)(peer)
-        host, port = split_peer(peer)
-        _address(host)
-        if not 1 <= port <= 65535:
-            raise _Bad(f"has no TCP port in {_show(peer)}", "Write HOST:PORT, with the port on which it waits.")
-
-
-def split_peer(text: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`; an IPv6 address stands in brackets. Port 0 stands for none, or a wrong one."""
-    host, colon, port = text.rpartition(":")
-    if not colon or (":" in host and not (host.startswith("[") and host.endswith("]"))):
-        return text, 0
-    number = int(port) if re.fullmatch(r"[0-9]{1,5}", port) else 0
-    return host.removeprefix("[").removesuffix("]"), number
-
-
-def _level_text(level: Any) -> Any:
-    """Levels are texts in memory and on disk; a file may have the number."""
-    if type(level) is int:
-        return str(level)
-    return level.strip().lower() if isinstance(level, str) else level
-
-
-def _absolute(path: Any) -> Any:
-    return Path(os.path.abspath(path)) if isinstance(path, str | Path) and str(path) else path
-
-
-def _frozen_list(names: Any) -> Any:
-    return tuple(names) if isinstance(names, list | tuple) else names
+        checks.machine_name(value)
+    except checks.Bad as bad:
+        raise ConfigErrors.of("machine name", [Problem("name", checks.show(value), bad.reason, bad.remedy)]) from None
 
 
 # -- the definition ------------------------------------------------------------------------------------------
@@ -369,14 +120,14 @@ class TeleporterConfig:
             `vmf.machine.teleporter.check_exposure`.
     """
 
-    enabled: bool = _setting(_switch, default=False)
-    port: int = _setting(_whole(0, 65535, "a TCP port"), default=0)
-    address: str = _setting(_address, default="0.0.0.0")
-    transport: str = _setting(_plugin_name, default="tcp")
-    tls_dir: Path | None = _setting(_path, default=None, converter=_absolute)
-    allow: tuple[str, ...] = _setting(_allowed_names, default=(), converter=_frozen_list)
-    password_verifier: str | None = _setting(_verifier, secret=True, default=None)
-    insecure: bool = _setting(_switch, default=False)
+    enabled: bool = _setting(checks.switch, default=False)
+    port: int = _setting(checks.whole(0, 65535, "a TCP port"), default=0)
+    address: str = _setting(checks.address, default="0.0.0.0")
+    transport: str = _setting(checks.plugin_name, default="tcp")
+    tls_dir: Path | None = _setting(checks.path, default=None, converter=checks.absolute)
+    allow: tuple[str, ...] = _setting(checks.allowed_names, default=(), converter=checks.frozen_list)
+    password_verifier: str | None = _setting(checks.verifier, secret=True, default=None)
+    insecure: bool = _setting(checks.switch, default=False)
 
     def transport_options(self) -> dict[str, Any]:
         """The settings that are the transport's own, as `Address.options` has them."""
@@ -401,11 +152,11 @@ class CpuidConfig:
             present one vendor only refuses the others.
     """
 
-    portability_level: str = _setting(_cpuid_level, default="0", converter=_level_text)
-    set: tuple[str, ...] = _setting(_cpu_features, default=(), converter=_frozen_list)
-    remove: tuple[str, ...] = _setting(_cpu_features, default=(), converter=_frozen_list)
-    peers: tuple[str, ...] = _setting(_peers, default=(), converter=_frozen_list)
-    vendor: str = _setting(_cpu_vendor, default="")
+    portability_level: str = _setting(checks.cpuid_level, default="0", converter=checks.level_text)
+    set: tuple[str, ...] = _setting(checks.cpu_features, default=(), converter=checks.frozen_list)
+    remove: tuple[str, ...] = _setting(checks.cpu_features, default=(), converter=checks.frozen_list)
+    peers: tuple[str, ...] = _setting(checks.peers, default=(), converter=checks.frozen_list)
+    vendor: str = _setting(checks.cpu_vendor, default="")
 
 
 @frozen
@@ -419,10 +170,10 @@ class DriveConfig:
         read_only: the guest cannot write; always so in a dvddrive.
     """
 
-    port: int = _setting(_whole(0, MAX_DRIVES - 1, "a port"))
-    type: str = _setting(_drive_type, default="hdd")
-    medium: str = _setting(_medium, default="")
-    read_only: bool = _setting(_switch, default=False)
+    port: int = _setting(checks.whole(0, MAX_DRIVES - 1, "a port"))
+    type: str = _setting(checks.drive_type, default="hdd")
+    medium: str = _setting(checks.medium, default="")
+    read_only: bool = _setting(checks.switch, default=False)
 
     @property
     def writable(self) -> bool:
@@ -449,17 +200,17 @@ class MachineConfig:
         cpuid: what the guest sees of its CPU.
     """
 
-    name: str = _setting(_name)
-    memory_mib: int = _setting(_whole(1, MAX_MEMORY_MIB, "an amount of memory in MiB"))
-    uuid: str = _setting(_uuid, factory=lambda: str(uuidlib.uuid4()))
-    description: str = _setting(_text(4096, newlines=True), default="")
-    cpu_backend: str = _setting(_plugin_name, default="auto")
-    kernel: Path | None = _setting(_path, default=None, converter=_absolute)
-    initrd: Path | None = _setting(_path, default=None, converter=_absolute)
-    cmdline: str | None = _setting(_optional(_text(2047)), default=None)
-    image: Path | None = _setting(_path, default=None, converter=_absolute)
-    devices: tuple[str, ...] = _setting(_device_names, default=("pc",), converter=_frozen_list)
-    device_options: Mapping[str, Mapping[str, Any]] = _setting(_device_options, factory=dict)
+    name: str = _setting(checks.machine_name)
+    memory_mib: int = _setting(checks.whole(1, MAX_MEMORY_MIB, "an amount of memory in MiB"))
+    uuid: str = _setting(checks.uuid, factory=lambda: str(uuidlib.uuid4()))
+    description: str = _setting(checks.text(4096, newlines=True), default="")
+    cpu_backend: str = _setting(checks.plugin_name, default="auto")
+    kernel: Path | None = _setting(checks.path, default=None, converter=checks.absolute)
+    initrd: Path | None = _setting(checks.path, default=None, converter=checks.absolute)
+    cmdline: str | None = _setting(checks.optional(checks.text(2047)), default=None)
+    image: Path | None = _setting(checks.path, default=None, converter=checks.absolute)
+    devices: tuple[str, ...] = _setting(checks.device_names, default=("pc",), converter=checks.frozen_list)
+    device_options: Mapping[str, Mapping[str, Any]] = _setting(checks.device_options, factory=dict)
     drives: tuple[DriveConfig, ...] = _sections(DriveConfig)
     teleporter: TeleporterConfig = _section(TeleporterConfig)
     cpuid: CpuidConfig = _section(CpuidConfig)
@@ -467,7 +218,7 @@ class MachineConfig:
     def __attrs_post_init__(self) -> None:
         problems = _problems_of(self) + _conflicts(attrs.asdict(self, recurse=False))
         if problems:
-            raise ConfigErrors.of(f"machine {_show(self.name)}", problems)
+            raise ConfigErrors.of(f"machine {checks.show(self.name)}", problems)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> MachineConfig:
@@ -510,10 +261,12 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
     found = []
     if values.get("kernel") and values.get("image"):
         found.append(
-            Problem("image", _show(values["image"]), "is set as well as kernel", "Keep one: a kernel or an image.")
+            Problem(
+                "image", checks.show(values["image"]), "is set as well as kernel", "Keep one: a kernel or an image."
+            )
         )
     found += [
-        Problem(key, _show(values[key]), "needs a kernel", f"Set kernel (--kernel FILE) or drop {key}.")
+        Problem(key, checks.show(values[key]), "needs a kernel", f"Set kernel (--kernel FILE) or drop {key}.")
         for key in ("initrd", "cmdline")
         if values.get(key) and not values.get("kernel")
     ]
@@ -524,7 +277,7 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
     found += [
         Problem(
             f"teleporter.{key}",
-            _show(section[key]),
+            checks.show(section[key]),
             "needs a transport that knows who is there",
             'Set teleporter.transport = "tls" (--teleporter-transport tls) or drop it (none).',
         )
@@ -533,7 +286,12 @@ def _conflicts(values: Mapping[str, Any]) -> list[Problem]:
     ]
     devices = values.get("devices", ("pc",))
     found += [
-        Problem(f"device_options.{name}", "", f"{_show(name)} is not in devices", "Add it there, or drop this section.")
+        Problem(
+            f"device_options.{name}",
+            "",
+            f"{checks.show(name)} is not in devices",
+            "Add it there, or drop this section.",
+        )
         for name in values.get("device_options", {})
         if isinstance(devices, list | tuple) and name not in devices
     ]
@@ -549,7 +307,9 @@ def _drive_conflicts(drives: Any) -> list[Problem]:
         values: Mapping[str, Any] = drive if isinstance(drive, Mapping) else attrs.asdict(drive)
         key, port = f"drives[{number}]", values.get("port")
         if port in ports:
-            found.append(Problem(f"{key}.port", _show(port), "is taken by another drive", "Give each its own port."))
+            found.append(
+                Problem(f"{key}.port", checks.show(port), "is taken by another drive", "Give each its own port.")
+            )
         ports.add(port)
         if values.get("type", "hdd") == "hdd" and not values.get("medium"):
             found.append(Problem(f"{key}.medium", "", "is missing, and a hard disk is never empty", "Name an image."))
@@ -566,14 +326,14 @@ def _cpuid_conflicts(section: Any) -> list[Problem]:
         from vmf.cpuid.features import feature
 
         try:
-            _cpu_features(values["set"])
-            _cpu_features(values["remove"])
-        except _Bad:
+            checks.cpu_features(values["set"])
+            checks.cpu_features(values["remove"])
+        except checks.Bad:
             return found  # reported by the checks of the keys themselves
 
         unwanted = {feature(name): name for name in values["remove"]}
         found += [
-            Problem("cpuid.set", _show(name), "is in cpuid.remove, too", "Take it out of one of them.")
+            Problem("cpuid.set", checks.show(name), "is in cpuid.remove, too", "Take it out of one of them.")
             for name in values["set"]
             if feature(name) in unwanted
         ]
@@ -592,13 +352,15 @@ def _problems_of(config: Any, prefix: str = "") -> list[Problem]:
                     problems += _problems_of(item, f"{prefix}{field.name}[{number}].")
                 else:
                     key = f"{prefix}{field.name}[{number}]"
-                    problems.append(Problem(key, _show(item), "is not a section", f"Use {each.__name__}."))
+                    problems.append(Problem(key, checks.show(item), "is not a section", f"Use {each.__name__}."))
         elif section is None:
             _try(field, prefix + field.name, value, problems)
         elif isinstance(value, section):
             problems += _problems_of(value, f"{prefix}{field.name}.")
         else:
-            problems.append(Problem(prefix + field.name, _show(value), "is not a section", f"Use {section.__name__}."))
+            problems.append(
+                Problem(prefix + field.name, checks.show(value), "is not a section", f"Use {section.__name__}.")
+            )
     return problems
 
 
@@ -606,14 +368,16 @@ def _structured(cls: type[Any], data: Any, prefix: str, problems: list[Problem])
     """Check plain data against a class of settings; the values that are there."""
     if not isinstance(data, Mapping):
         key = prefix.rstrip(".") or "the file"
-        problems.append(Problem(key, _show(data), f"is {_kind(data)}, not a section", f"Write [{key}] and its keys."))
+        problems.append(
+            Problem(key, checks.show(data), f"is {checks.kind(data)}, not a section", f"Write [{key}] and its keys.")
+        )
         return {}
     fields = {field.name: field for field in attrs.fields(cls)}
     for key in data:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1)
             remedy = f"Did you mean {prefix}{close[0]}?" if close else f"Known are {', '.join(fields)}."
-            shown = "(hidden)" if "password" in str(key) else _show(data[key])
+            shown = "(hidden)" if "password" in str(key) else checks.show(data[key])
             problems.append(Problem(f"{prefix}{key}", shown, "is not a setting", remedy))
     for name, field in fields.items():
         if name not in data:
@@ -632,15 +396,17 @@ def _structured(cls: type[Any], data: Any, prefix: str, problems: list[Problem])
 def _rows(key: str, value: Any, problems: list[Problem]) -> list[Any]:
     if isinstance(value, list | tuple):
         return list(value)
-    problems.append(Problem(key, _show(value), f"is {_kind(value)}, not a list of sections", f"Write [[{key}]]."))
+    problems.append(
+        Problem(key, checks.show(value), f"is {checks.kind(value)}, not a list of sections", f"Write [[{key}]].")
+    )
     return []
 
 
 def _try(field: Any, key: str, value: Any, problems: list[Problem]) -> None:
     try:
         field.metadata["check"](value)
-    except _Bad as bad:
-        shown = "(hidden)" if field.metadata["secret"] else _show(value)
+    except checks.Bad as bad:
+        shown = "(hidden)" if field.metadata["secret"] else checks.show(value)
         problems.append(Problem(key, shown, bad.reason, bad.remedy))
 
 
@@ -670,7 +436,10 @@ def parse(text: str, where: str) -> MachineConfig:
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         reason = "is missing" if version is None else "is not a version that this vmf reads"
         problem = Problem(
-            "version", "" if version is None else _show(version), reason, f"This vmf reads version {FORMAT_VERSION}."
+            "version",
+            "" if version is None else checks.show(version),
+            reason,
+            f"This vmf reads version {FORMAT_VERSION}.",
         )
         raise ConfigErrors.of(where, [problem])
     return MachineConfig.from_dict(data, where)
