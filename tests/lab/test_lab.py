@@ -172,12 +172,12 @@ def test_stock_debian_boots_on_kvm_to_a_shell_that_answers(kvm_lab: Lab, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_debian_teleports_between_kvm_and_unicorn_under_stress(kvm_lab: Lab, tmp_path: Path) -> None:
-    """Twelve moves, four of each kind, and a switch of the backend there and back."""
+    """Ten moves, at least three of each kind, and a switch of the backend there and back."""
     command = ["python3", "tests/lab/payload/teleport_debian.py", "--switch", "--timeout", "200"]
     result = kvm_lab.run(command, timeout=600, directory=tmp_path / "back")
     print(result.stdout)
     assert result.status == 0, result.stdout + result.stderr
-    assert "12 moves" in result.stdout
+    assert "--- 10 moves" in result.stdout
 
 
 @pytest.mark.lab

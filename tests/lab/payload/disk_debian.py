@@ -24,7 +24,7 @@ from vmf.machine.machine import wait_until
 from vmf.testing.disks import diskcheck_guest
 
 DISK_MIB = 32
-_ROUNDS = re.compile(rb"diskcheck: ok rounds=(\d+)")
+_ROUNDS = re.compile(rb"diskcheck: ok rounds=(\d+) ")
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ from vmf.testing.guests import selfcheck_guest
 from vmf.testing.hosts import Host
 from vmf.testing.serial_check import check
 
-ROUTE = "kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm,unicorn,kvm"
+ROUTE = "kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm"
 SLOWDOWN = int(os.environ.get("VMF_LAB_SLOWDOWN", "1"))
 NAME = "debian"
 DOWNTIME_MS = 2000
