@@ -270,6 +270,17 @@ def test_debian_is_switched_to_unicorn_and_back_under_stress(kvm_lab: Lab, tmp_p
 @pytest.mark.lab_full
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_disk_is_right_on_kvm_and_through_switches(kvm_lab: Lab, tmp_path: Path) -> None:
+    """Writes, reads, zeroes and discards that check themselves on KVM, on Unicorn and on KVM again, with pauses."""
+    result = kvm_lab.run(["python3", "tests/lab/payload/disk_debian.py"], timeout=800, directory=tmp_path / "back")
+    print(result.stdout)
+    assert result.status == 0, result.stdout + result.stderr
+
+
+@pytest.mark.lab
+@pytest.mark.lab_full
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_debian_reads_masked_cpuid_at_every_level(kvm_lab: Lab, tmp_path: Path) -> None:
     result = kvm_lab.run(["python3", "tests/lab/payload/cpuid_levels.py"], timeout=800, directory=tmp_path / "back")
     print(result.stdout)
