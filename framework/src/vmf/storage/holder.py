@@ -3,7 +3,7 @@
 A `Lease` is opened for one writable image of one machine. Changes of owner happen under the store's lock, which is
 kept for as long as the lease is held. `fence` is called by every thread before every write:
 
-- where the store is on this host's own file system, it reads the record each time (two microseconds: what is compared
+- where the store is on this host's own file system, it reads the record each time (four microseconds: what is compared
   is the bytes);
 - where reading is a round trip to another host, at most every `CHECK_EVERY_S` of real time, suspends and stops
   included, so that a process which was stopped for longer reads before it writes.
@@ -162,7 +162,7 @@ class Lease:
         record = read_record(self.store)
         raise ImageInUse(
             f"{self.store.place.removesuffix('.vmf-lease')} is in use: {rules.describe(record)}.",
-            "Stop that machine or teleport it, or attach the image --read-only where it is not being written.",
+            "Stop that machine, or teleport it here.",
         )
 
     def _read(self) -> Record:
