@@ -16,6 +16,7 @@ import trustme
 
 from vmf.errors import TransportClosed, TransportError, TransportRefused, TransportTimeout
 from vmf.transport.base import Address
+from vmf_transport_tls import files
 from vmf_transport_tls import transport as module
 from vmf_transport_tls.transport import MAX_HANDSHAKES, TlsListener, TlsTransport
 
@@ -333,6 +334,18 @@ def changed(directory: Path, file: str, mode: int | None = None, text: str | Non
 def test_a_key_that_others_can_read(make: Maker, mode: int) -> None:
     said = changed(make("open"), "server-key.pem", mode)
     assert "chmod 600" in said
+
+
+@pytest.mark.parametrize("file", ["", "ca-cert.pem", "server-cert.pem"])
+def test_a_directory_that_everybody_can_change(make: Maker, file: str) -> None:
+    directory = make("open")
+    path = directory / file if file else directory
+    path.chmod(0o777 if not file else 0o646)
+    with pytest.raises(TransportError, match=f"{path.name} can be changed by every user") as caught:
+        files.load(directory, "server")
+    assert f"chmod o-w {path}" in str(caught.value)
+    path.chmod(0o755 if not file else 0o664)
+    files.load(directory, "server")
 
 
 def test_files_that_are_not_right(make: Maker, certs: Path) -> None:

@@ -140,7 +140,9 @@ def target_seeds() -> Iterator[bytes]:
     for kind in (m.Cancel, m.Error, m.Bye):
         yield b"".join(wires[each] for each in (*order[:3], kind))
     asking = m.Hello(bytes(range(m.ID_SIZE)), m.PROTOCOL_VERSIONS, m.FEATURES, "vmf", "alpha")
-    yield as_framed(m.encode(asking)) + wires[m.Authenticate] + wires[m.Inquire] + wires[m.Bye]
+    for question in (m.Inquire, m.Locate):
+        yield as_framed(m.encode(asking)) + wires[m.Authenticate] + wires[question] + wires[m.Bye]
+    yield wires[m.Join] + wires[m.Pages]
 
 
 _TURNS = frozenset(kind.TYPE for kind in (m.Hello, m.Authenticate, m.Offer, m.RoundEnd, m.State, m.Handover))

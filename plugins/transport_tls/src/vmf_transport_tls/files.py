@@ -78,6 +78,8 @@ def load(directory: Path, role: Role) -> Credentials:
     cert, key, ca = directory / cert_file(role), directory / key_file(role), directory / CA_CERT
     for path in (ca, cert, key):
         _check_readable(path, directory)
+    for path in (directory, ca, cert):
+        _check_unchangeable(path)
     _check_private(key)
     certificate = read_certificate(cert)
     notices = check_validity(certificate, str(cert))
@@ -159,6 +161,16 @@ def _check_readable(path: Path, directory: Path) -> None:
             f"this host has no usable certificates for teleports over TLS: {reason}.",
             "Make them with `vmf tls init` here, or with `vmf tls issue` where the CA is, "
             "or name their directory (--tls-dir).",
+        )
+
+
+def _check_unchangeable(path: Path) -> None:
+    """Whoever can replace the CA's certificate decides who is trusted."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise TransportError(
+            f"{path} can be changed by every user of this host (mode {mode:04o}).",
+            f"Do `chmod o-w {path}`, and see that what is in it is still what you put there (`vmf tls show`).",
         )
 
 
