@@ -32,9 +32,7 @@ from vmf.control.seam import ControlledMachine, Plain, TakesSnapshots, WritesJou
 from vmf.control.server import ControlServer
 from vmf.errors import InvalidStateError, MachineError, TeleportCancelled, VmfError
 from vmf.machine.config import MachineConfig
-from vmf.machine.doubt import refuse_in_doubt
 from vmf.machine.home import Home, MachinePaths
-from vmf.machine.journal import FileJournal, clear_interrupted
 
 log = logging.getLogger("vmf.process")
 
@@ -86,6 +84,10 @@ def run_machine_process(
     from starting, and InvalidStateError when another process runs it.
     """
     watcher = observer if observer is not None else Observer()
+    # Late, as they need what only teleports need, and `vmf startvm --help` does not.
+    from vmf.machine.doubt import refuse_in_doubt
+    from vmf.machine.journal import FileJournal, clear_interrupted
+
     with home.own(name) as paths:
         config = home.load(name)
         if insecure:
@@ -260,14 +262,18 @@ def spawn_detached(
     home.load(name)
     if home.process(name) is not None:
         raise InvalidStateError(f"Machine '{name}' is running already.", f"See `vmf showvminfo {name}`.")
-    from vmf.machine.home import private_directory
+    from vmf.machine.home import explained, private_directory
 
     options = (("--insecure",) if insecure else ()) + (("--peer-password",) if peer_password is not None else ())
     paths = home.paths(name)
     private_directory(paths.logs)
+    try:
+        vmm_log = os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise explained(error, paths.vmm_log) from error
     reader, writer = os.pipe()
     try:
-        with open(os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as output:
+        with open(vmm_log, "wb") as output:
             child = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "vmf.control"),

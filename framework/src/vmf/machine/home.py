@@ -26,7 +26,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +212,15 @@ class Home:
         path = self.paths(config.name).definition
         text = configuration.dump(config)
         private_directory(path.parent.parent)
+        new = not path.parent.exists()
         private_directory(path.parent)
-        write_atomically(path, text)
+        try:
+            write_atomically(path, text)
+        except HomeError:
+            if new:  # no half machine behind
+                with suppress(OSError):
+                    path.parent.rmdir()
+            raise
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
