@@ -15,14 +15,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 from attrs import frozen
 
 from vmf.cpu.state import RFLAGS_IF, VcpuState
 from vmf.errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from vmf.cpu.trace import TraceSink
     from vmf.cpuid.table import CpuidTable
     from vmf.device.interrupts import InterruptController
