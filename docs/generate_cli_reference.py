@@ -102,7 +102,7 @@ def section(path: str, command: click.Command) -> str:
             child = command.get_command(context, name)
             assert child is not None
             # The group's table says it without importing; here both must agree on the name at least.
-            line = COMMANDS[name][2] if command is cli else child.get_short_help_str(200)
+            line = COMMANDS[name][2] if command is cli and name in COMMANDS else child.get_short_help_str(200)
             lines.append(f"- `{name}`: {line}")
         lines.append("")
     shown = [line for line in examples.splitlines() if line.strip()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_help_names_it_and_imports_nothing_of_it() -> None:
 
 
 def test_without_the_plugin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(app.COMMANDS, "tls", ("vmf_transport_missing.commands", "tls", "Certificates."))
+    monkeypatch.setattr(app, "plugin_commands", dict)
     assert app.run(["tls", "show"]) == 1
     said = capsys.readouterr().err
     assert said == (
@@ -32,9 +33,26 @@ def test_without_the_plugin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     )
 
 
-def test_a_plugin_that_misses_something_else_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(app.COMMANDS, "tls", ("vmf.no_such_module", "tls", "Certificates."))
-    assert app.run(["tls", "show"]) == app.EXIT_INTERNAL
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("vmf.no_such_module:tls", "ModuleNotFoundError"), ("vmf.errors:VmfError", "is no click command but a type")],
+)
+def test_a_broken_command_of_a_plugin_is_named(
+    target: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = EntryPoint("tls", target, app.PLUGIN_GROUP)
+    monkeypatch.setattr(app, "plugin_commands", lambda: {"tls": point})
+    assert app.run(["tls", "show"]) == 1
+    said = capsys.readouterr().err
+    assert "command 'tls' of the plugin" in said
+    assert reason in said
+    assert app.run(["list", "vms"]) == 0
+
+
+def test_a_plugin_cannot_replace_a_command_of_vmf(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint("list", "evil:x", app.PLUGIN_GROUP), EntryPoint("more", "good:x", app.PLUGIN_GROUP)]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    assert list(app.plugin_commands()) == ["more"]
 
 
 def test_the_allow_list_is_kept_and_cleared(tmp_path: Path) -> None:

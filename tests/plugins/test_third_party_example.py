@@ -91,3 +91,13 @@ def test_wrong_setting_names_the_key(site: Path, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "device_options.hello.greeting = 5" in done.stderr
+
+
+def test_its_command_is_one_of_vmf(site: Path) -> None:
+    def vmf(*arguments: str) -> str:
+        command = [sys.executable, "-m", "vmf.cli", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    assert "hello  An example of a third party's plugins" in vmf("--help")
+    assert vmf("hello", "--whom", "you") == "hello, you\n"

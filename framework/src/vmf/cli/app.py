@@ -7,12 +7,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vmf.cli.password import hide
 from vmf.errors import PluginError, VmfError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "createvm": ("vmf.cli.define", "createvm", "Define a new machine."),
@@ -29,48 +32,56 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "media": ("vmf.cli.media", "media", "List disk images, see and break their leases."),
     "snapshot": ("vmf.cli.snapshot", "snapshot", "Take snapshots of a machine, and go back to them."),
     "cpuid": ("vmf.cli.cpuid", "cpuid", "Show what CPUs can present, compare hosts, find what suits them all."),
-    "tls": ("vmf_transport_tls.commands", "tls", "Make the certificates of encrypted teleports, and show them."),
     "demo": ("vmf.cli.demo", "demo", "Watch a machine teleport between two hosts."),
     "completion": ("vmf.cli.completion", "completion", "Print the script that completes vmf's commands in a shell."),
 }
 """Command name to the module and attribute that implement it, and its line in `vmf --help`."""
 
-FROM_PLUGINS = {"tls": "vmf-transport-tls"}
-"""Commands of bundled plugins, and the distribution that has them; it may not be installed."""
+PLUGIN_GROUP = "vmf.command"
+"""Entry points of plugins: a command's name, and the `click.Command` that it is."""
+OF_BUNDLED_PLUGINS = {"tls": "vmf-transport-tls"}
+"""Commands that people look for, and the distribution that has them; it may not be installed."""
 
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
+
+
+def plugin_commands() -> dict[str, EntryPoint]:
+    """The commands that installed plugins bring, by name. Imports none; vmf's own commands cannot be replaced."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=PLUGIN_GROUP) if point.name not in COMMANDS}
 
 
 class LazyGroup(click.Group):
     """A group that imports a command only when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *sorted(plugin_commands())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[cmd_name]
-        try:
+        if cmd_name in COMMANDS:
+            module, attribute, _ = COMMANDS[cmd_name]
             command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            distribution = FROM_PLUGINS.get(cmd_name)
-            if distribution is None or error.name != module.partition(".")[0]:
-                raise
-            raise PluginError(
-                f"The command '{cmd_name}' is part of the distribution {distribution}, which is not installed.",
-                f"Install it: pip install {distribution}",
-            ) from None
-        return command
+            return command
+        point = plugin_commands().get(cmd_name)
+        return None if point is None else _load(point)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+        known = [*COMMANDS]
+        if args and args[0] not in COMMANDS:
+            known += plugin_commands()
+        if args and not args[0].startswith("-") and args[0] not in known:
             import difflib
 
-            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if (distribution := OF_BUNDLED_PLUGINS.get(args[0])) is not None:
+                raise PluginError(
+                    f"The command '{args[0]}' is part of the distribution {distribution}, which is not installed.",
+                    f"Install it: pip install {distribution}",
+                )
+            close = difflib.get_close_matches(args[0], known, n=1)
             hint = f"Did you mean {close[0]}?" if close else "See `vmf --help`."
             raise click.UsageError(f"There is no command '{args[0]}'. {hint}")
         return super().resolve_command(ctx, args)
@@ -78,6 +89,27 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+        if others := plugin_commands():
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl([(name, _line_of(point)) for name, point in sorted(others.items())])
+
+
+def _line_of(point: EntryPoint) -> str:
+    """The distribution's own line: asking the command would import the plugin."""
+    return str(point.dist.metadata["Summary"] or point.dist.name) if point.dist is not None else point.value
+
+
+def _load(point: EntryPoint) -> click.Command:
+    """A plugin's command. Raises PluginError when it cannot be had."""
+    where = f"The command '{point.name}' of the plugin {point.dist.name if point.dist is not None else point.module}"
+    remedy = "Reinstall or update that distribution, or uninstall it."
+    try:
+        command = point.load()
+    except Exception as error:
+        raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}.", remedy) from error
+    if not isinstance(command, click.Command):
+        raise PluginError(f"{where} is no click command but a {type(command).__name__}.", remedy)
+    return command
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
