@@ -37,6 +37,8 @@ from vmf.testing.serial_check import check
 ROUTE = "kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm,unicorn,kvm,kvm"
 SLOWDOWN = int(os.environ.get("VMF_LAB_SLOWDOWN", "1"))
 NAME = "debian"
+STRESS = "run -m 2 -r 8 -t 250 -p 10"
+"""With pauses, and not too many lines: a byte on the serial port is two exits, and exits are dear in the lab."""
 DOWNTIME_MS = 2000
 """In the lab's time. A small goal costs many rounds in which all of RAM is compared, and shows nothing more."""
 
@@ -50,13 +52,13 @@ def main() -> int:
     parser.add_argument("--route", default=ROUTE)
     parser.add_argument("--switch", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="tell of each teleport's progress")
-    parser.add_argument("--memory", type=int, default=192, help="MiB")
+    parser.add_argument("--memory", type=int, default=128, help="MiB")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--timeout", type=float, default=180, help="for the boot, and for a tick; seconds")
     options = parser.parse_args()
     randomness = random.Random(options.seed)
     route = options.route.split(",")
-    guest = selfcheck_guest("run -m 2 -r 8 -t 20")
+    guest = selfcheck_guest(STRESS)
     khz = vmf.PluginRegistry().cpu_backend("kvm").tsc_khz()
     print(f"--- route {' > '.join(route)}; seed {options.seed}", flush=True)
     config = vmf.MachineConfig(
