@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -191,3 +192,12 @@ def test_the_tables_are_complete_for_people():
     for deed in Deed:
         assert deed.value in rendered
     assert handover.render_outcomes().count("\n") == len(Answer) + 1
+
+
+def test_the_documentation_has_the_tables():
+    docs = Path(__file__).parents[2] / "docs"
+    remedy = "regenerate it: python -m vmf.teleport.document FILE"
+    assert handover.render_outcomes() in (docs / "how-to/recover-from-an-interrupted-teleport.md").read_text(), remedy
+    explained = (docs / "explanation/handover.md").read_text()
+    assert handover.render_outcomes() in explained, remedy
+    assert handover.render_custody() in explained, remedy

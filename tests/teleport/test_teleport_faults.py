@@ -540,3 +540,15 @@ def test_interrupted_between_marking_and_sending(pair):
     assert not source.runs
     waiting.wait_failure()
     assert not target.runs
+
+
+def test_a_target_that_lives_but_never_gets_ready_does_not_hold_the_guest(pair):
+    """Its keep-alives show that it lives; the guest, which stands still, is not kept waiting for ever."""
+    source, target = running_source(pair), small(pair, "a2")
+    target.delay["restore"] = 2.5
+    waiting = pair.wait(target, TargetOptions(keepalive_s=0.1))
+    with pytest.raises(TeleportError, match="did not answer within"):
+        pair.teleport(source, waiting, idle_timeout_s=0.5, max_downtime_ms=100)
+    assert source.runs
+    waiting.wait_failure()
+    assert not target.runs

@@ -1,4 +1,4 @@
-"""Writes the generated parts of docs/reference/protocol.md: `python -m vmf.teleport.document FILE`.
+"""Writes the generated parts of docs/reference/protocol.md and others: `python -m vmf.teleport.document FILE...`.
 
 A part lies between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
@@ -9,12 +9,14 @@ import re
 import sys
 from pathlib import Path
 
-from vmf.teleport.protocol import states
+from vmf.teleport.protocol import handover, states
 
 PARTS = {
     "diagram": lambda: f"```mermaid\n{states.render_mermaid()}\n```",
     "table": states.render_table,
     "limits": states.render_limits,
+    "custody": handover.render_custody,
+    "outcomes": handover.render_outcomes,
 }
 
 
@@ -28,5 +30,6 @@ def regenerate(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(regenerate(path.read_text()))
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(regenerate(path.read_text()))

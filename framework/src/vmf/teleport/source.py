@@ -67,6 +67,8 @@ class SourceOptions:
         timeout_s: give up, with the machine going on here, after so many seconds; None for never.
         check_only: ask the target whether it would take the machine, and move nothing.
         idle_timeout_s: longest silence of the target (which sends keep-alives) or stall of the connection.
+        answer_timeout_s: longest wait for a certain answer of a target that shows that it lives: a long check, the end
+            of a round that sits in buffers. For READY, with the guest stopped, it is `idle_timeout_s` and the downtime.
         handover_timeout_s: longest wait for RUNNING after HANDOVER; after that the outcome is uncertain.
         links: additional channels that carry RAM; None for as many as are worth it, on this host and for this machine.
         password: that was set at the target, which then has to show that it knows it; None for none.
@@ -77,6 +79,7 @@ class SourceOptions:
     timeout_s: float | None = None
     check_only: bool = False
     idle_timeout_s: float = 30.0
+    answer_timeout_s: float = 120.0
     handover_timeout_s: float = 10.0
     links: int | None = None
     password: str | None = field(default=None, repr=False)
@@ -297,7 +300,7 @@ class _Source:
                 check_only=options.check_only,
             )
         )
-        checked, _ = self._expect(m.Checked)
+        checked, _ = self._expect(m.Checked, options.answer_timeout_s)
         if checked.links > wanted or bool(checked.links) != bool(checked.token):
             raise RemoteProtocolError("the target grants other channels than it was asked for.")
         blockers = (*own, *checked.blockers)
@@ -309,7 +312,7 @@ class _Source:
 
     def _ping(self) -> None:
         self._link.send(m.Ping(time.monotonic_ns()))
-        pong, at = self._expect(m.Pong)
+        pong, at = self._expect(m.Pong, self._options.idle_timeout_s)
         self._clocks.add(pong.sent_at, pong.at, at)
 
     def _precopy(self) -> tuple[RamSender, int, PageRuns]:
@@ -346,7 +349,7 @@ class _Source:
 
             sender.send_round(number, runs, stopped=False, after_batch=after_batch)
             link.send(m.RoundEnd(number, counters.sent_bytes))
-            ack, at = self._expect(m.RoundAck)
+            ack, at = self._expect(m.RoundAck, self._options.answer_timeout_s)
             if ack.round != number or ack.received != counters.sent_bytes:
                 raise RemoteProtocolError("the target did not receive what was sent in this round.")
             self._ping()
@@ -393,7 +396,9 @@ class _Source:
         t_saved = time.monotonic_ns()
         offset, error = self._clocks.best(t_saved)
         link.send(m.State(payloads, max(0, t_stopped + offset), running, counters.sent_bytes))
-        _, t_ready = self._expect(m.Ready)
+        # Keep-alives alone would hold the guest for ever.
+        patience = self._options.idle_timeout_s + self._options.max_downtime_ms / 1000
+        _, t_ready = self._expect(m.Ready, patience)
         if self._remote_error is not None:
             raise self._remote_error
         self._canceller.commit()
