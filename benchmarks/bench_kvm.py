@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the KVM backend costs: exits, kicks, deadlines, save and restore, dirty tracking.
+"""What the KVM backend costs: exits, kicks, deadlines, save and restore, dirty tracking, teleports KVM to KVM.
 
     python benchmarks/bench_kvm.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugins/cpu_kvm/te
 import conftest as kit
 from vmf.cpu.backend import ExitReason, VcpuEnvironment
 from vmf.machine.bus import Bus
+from vmf.machine.config import CpuidConfig, MachineConfig
 from vmf.machine.memory import GuestMemory
+from vmf.testing.guest.build import SOURCE, build
+from vmf.testing.hosts import Host
 from vmf_cpu_kvm import selftest
 from vmf_cpu_kvm.backend import KvmBackend
 from vmf_cpu_kvm.dirtylog import KvmDirtyLog
@@ -102,9 +106,7 @@ def dirty(backend: KvmBackend) -> None:
     # mov edi, 64 MiB; mov ecx, pages; 1: inc byte [rdi]; add edi, 4096; loop 1b; hlt
     for name in ("none", "kvm log", "uffd"):
         memory = GuestMemory(size)
-        environment = VcpuEnvironment(
-            memory, Bus(), kit.ToyPic(), backend.cpuid_capability(), backend.tsc_khz()
-        )
+        environment = VcpuEnvironment(memory, Bus(), kit.ToyPic(), backend.cpuid_capability(), backend.tsc_khz())
         vcpu = backend.create_logging_vcpu(environment) if name == "kvm log" else backend.create_vcpu(environment)
         log = KvmDirtyLog(vcpu.vm, memory) if name == "kvm log" else None  # type: ignore[attr-defined]
         tracker = None
@@ -141,6 +143,42 @@ def dirty(backend: KvmBackend) -> None:
         say(f"write {pages} pages, tracker {name}", text)
 
 
+def teleports(count: int = 10) -> None:
+    """The built-in guest (without SSE, for a KVM that emulates ring 0) between two processes on KVM, back and forth.
+
+    It writes memory without pause and prints a tick ten times a second, so there is pre-copy to do.
+    """
+    downtimes, totals, rounds = [], [], []
+    with tempfile.TemporaryDirectory() as directory:
+        image = Path(directory, "integer.bin")
+        try:
+            image.write_bytes(build(SOURCE, "INTEGER_ONLY"))
+        except FileNotFoundError as error:
+            say("teleports KVM to KVM", f"not measured: {error}")
+            return
+        config = MachineConfig(
+            name="bench", memory_mib=64, image=image, cpu_backend="kvm", cpuid=CpuidConfig(portability_level="3")
+        )
+        with Host(Path(directory, "a")) as source, Host(Path(directory, "b")) as target:
+            for host in (source, target):
+                host.define(config)
+            source.start("bench")
+            source.wait_for_output("bench", b"tick 1 ")
+            for _ in range(count):
+                port = target.wait("bench")
+                with source.client("bench") as client:
+                    summary = client.teleport("127.0.0.1", port, max_downtime_ms=250)
+                downtimes.append(summary["downtime_ns"] / 1e3)
+                totals.append(summary["total_ns"] / 1e3)
+                rounds.append(summary["rounds"])
+                source.wait_gone("bench")
+                source, target = target, source
+            source.wait_for_more("bench")
+    say(f"teleport KVM to KVM, {count} times: downtime", quantiles(downtimes))
+    say("                         the whole of it", quantiles(totals))
+    say("                         rounds of pre-copy", ", ".join(map(str, rounds)))
+
+
 def main() -> int:
     backend = KvmBackend()
     here = backend.availability()
@@ -168,6 +206,7 @@ def main() -> int:
     timed("restore", 500, lambda: rig.vcpu.restore(state))
     rig.close()
     dirty(backend)
+    teleports()
     return 0
 
 

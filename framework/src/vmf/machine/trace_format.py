@@ -148,7 +148,7 @@ class TraceFormat:
             f"# CPU backend {header.backend}{runs}\n"
         )
         if not self._disassembler.available:
-            self._write("# no mnemonics: the Python package capstone is not installed (pip install capstone)\n")
+            self._write("# no mnemonics: the Python package capstone is not installed (pip install 'vmf[trace]')\n")
         self._write("# number, privilege level, address, bytes, instruction; registers and flags it changed\n")
 
     def _entries(self, rows: TraceRecords, starts: Any, iterations: Any) -> None:
