@@ -4,6 +4,7 @@
     python tests/fuzz/fuzz.py                      all targets, one after the other, half an hour together
     python tests/fuzz/fuzz.py --minutes 5 talk     only some, for so long
     python tests/fuzz/fuzz.py --replay FILE talk   one input, as it was found
+    python tests/fuzz/fuzz.py --steady             replay the corpora without atheris: does anything grow?
     python tests/fuzz/fuzz.py --list
 
 Needs atheris (`pip install ".[fuzz]"`). Corpora are kept in `--corpus` (made from the golden vectors and from what
@@ -70,6 +71,30 @@ def counted(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
     return one_more
 
 
+def steady(name: str, corpus: Path, seconds: float = 6.0) -> tuple[int, int, int]:
+    """Replay a corpus over and over in this process: inputs, and Python's allocated objects before and after.
+
+    atheris and libFuzzer keep tables of what they have seen; here nothing but vmf can grow.
+    """
+    import fuzzing
+
+    target = fuzzing.targets()[name]
+    kept = sorted(corpus.iterdir()) if corpus.is_dir() else []
+    inputs = [path.read_bytes() for path in kept] or list(target.seeds())
+    for data in inputs:
+        target.run(data)
+    gc.collect()
+    before, count, end = sys.getallocatedblocks(), 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        for data in inputs:
+            target.run(data)
+            count += 1
+            if time.monotonic() >= end:
+                break
+    gc.collect()
+    return count, before, sys.getallocatedblocks()
+
+
 def figures(log: str) -> dict[str, int]:
     """Inputs, coverage, corpus and resident MiB from what libFuzzer wrote."""
     found = {}
@@ -108,6 +133,13 @@ def run(name: str, seconds: float, length: int, corpus: Path, findings: Path) ->
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--steady-one"]:
+        import logging
+
+        logging.disable(logging.CRITICAL)
+        count, before, after = steady(sys.argv[2], Path(sys.argv[3]))
+        print(f"| {sys.argv[2]} | {count} | {before} | {after} |", flush=True)
+        return 0
     if sys.argv[1:2] == ["--one"]:
         one(sys.argv[2], sys.argv[3:])
         return 0
@@ -118,6 +150,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, default=base / "corpus")
     parser.add_argument("--findings", type=Path, default=base / "findings")
     parser.add_argument("--replay", type=Path, metavar="FILE")
+    parser.add_argument("--steady", action="store_true")
     parser.add_argument("--list", action="store_true")
     chosen = parser.parse_args()
     import fuzzing
@@ -133,6 +166,13 @@ def main() -> int:
     if chosen.replay:
         picked[0].run(chosen.replay.read_bytes())
         return 0
+    if chosen.steady:
+        print("| target | inputs replayed | objects before | after |\n|---|---|---|---|", flush=True)
+        command = [sys.executable, str(HERE / "fuzz.py"), "--steady-one"]
+        done = [
+            subprocess.run([*command, target.name, str(chosen.corpus / target.name)], check=False) for target in picked
+        ]
+        return max(each.returncode for each in done)
     shares = sum(target.share for target in picked)
     print(
         "| target | inputs | seconds | coverage | features | corpus | RSS MiB, start | end | objects, start | end | |"
