@@ -114,6 +114,10 @@ class FakeMachine:
         self._need("running")
         return {"before": "fake", "after": backend, "stopped_ns": 1, "total_ns": 2}
 
+    def change_medium(self, port: int, medium: str) -> None:
+        self._need("running")
+        self.media = {port: medium}
+
     def trace(
         self, instructions: int, output: str, json_lines: bool, progress: Callable[[Mapping[str, Any]], None]
     ) -> dict[str, Any]:

@@ -318,6 +318,14 @@ def test_switch_backend(client: ControlClient, machine: Any) -> None:
         client.call("switch_backend", {})
 
 
+def test_change_medium(client: ControlClient, machine: Any) -> None:
+    machine.set("running")
+    client.change_medium(1, "file:/a.iso")
+    assert machine.media == {1: "file:/a.iso"}
+    with pytest.raises(ControlError, match="medium"):
+        client.call("change_medium", {"port": 1})
+
+
 def test_a_trace_shows_progress_and_can_be_cancelled_by_another_client(
     home: Home, client: ControlClient, machine: Any
 ) -> None:

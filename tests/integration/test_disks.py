@@ -250,6 +250,43 @@ def test_read_only_media_empty_drives_entropy_and_console(tmp_path: Path) -> Non
     assert "vmf-hdd-0\nwrite back\n" in text
 
 
+@pytest.mark.timeout(300)
+def test_media_are_changed_while_the_machine_runs(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """By the command, with the errors that people make; and the machine teleports with the new one."""
+    look = "dd if=/dev/vdb bs=9 count=1 2>/dev/null"
+    try:
+        guest = disks.disk_guest(f'while sleep 0.2; do echo "vdb $(cat /sys/block/vdb/size) $({look}) "; done')
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    for name, sectors in (("first", 2048), ("second", 4096)):
+        (tmp_path / f"{name}.iso").write_bytes(f"{name:9}".encode().ljust(512 * sectors, b"\0"))
+    drive = DriveConfig(port=1, type="dvddrive", medium=str(tmp_path / "first.iso"))
+    config = machine(guest, blank(tmp_path, 4))
+    source, target = hosts
+    source.define(attrs.evolve(config, drives=(*config.drives, drive)))
+    second = attrs.evolve(drive, medium=str(tmp_path / "second.iso"))
+    target.define(attrs.evolve(config, drives=(*config.drives, second)))
+    source.start("box")
+    source.wait_for_output("box", b"vdb 2048 first ", 120)
+
+    def change(port: int, medium: str) -> str:
+        done = source.vmf("controlvm", "box", "change-medium", "--port", str(port), "--medium", medium)
+        return done.stdout if done.returncode == 0 else done.stderr
+
+    assert "is a hard disk" in change(0, "none")
+    assert "no drive at port 7" in change(7, "none")
+    assert "missing.iso" in change(1, str(tmp_path / "missing.iso"))
+    source.wait_for_more("box", b"vdb 2048 first ")
+    assert "no medium" in change(1, "none")
+    source.wait_for_output("box", b"vdb 0 ")
+    assert "second.iso in it" in change(1, str(tmp_path / "second.iso"))
+    source.wait_for_output("box", b"vdb 4096 second ")
+    port = target.wait("box")
+    with source.client("box") as client:
+        client.teleport("127.0.0.1", port)
+    target.wait_for_output("box", b"vdb 4096 second ")
+
+
 def test_a_machine_without_virtio_is_as_before() -> None:
     """No PCI in it, and the same state and description as ever."""
     box = Machine(MachineConfig(name="box", memory_mib=32, image=guests.builtin_guest(), cpu_backend="unicorn"))

@@ -161,7 +161,7 @@ def test_a_medium_comes_and_goes(bench: Any) -> None:
     generation = driver.read(1, 0x15, 1)
     drive.attach(bench.image())
     drive.size = 1 << 20
-    pc.device("virtio.blk").medium_changed()
+    pc.device("virtio.blk").medium_changed(drive)
     assert driver.read(3, 0, 1) & 2, "a configuration change"
     assert driver.read(1, 0x15, 1) == (generation + 1) & 0xFF
     assert driver.read(4, 0, 4) == SECTORS

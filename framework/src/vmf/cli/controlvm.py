@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from vmf.cli.app import json_option
 from vmf.cli.cancelling import Cancelling
 from vmf.cli.common import home, machine_argument, printable, say
+from vmf.cli.media import change_medium
 from vmf.cli.password import password_from
 from vmf.cli.watch import switch_backend, trace
 from vmf.control.client import ControlClient
@@ -39,6 +40,7 @@ def controlvm(ctx: click.Context, name: str) -> None:
 
 controlvm.add_command(switch_backend)
 controlvm.add_command(trace)
+controlvm.add_command(change_medium)
 
 
 @controlvm.command()

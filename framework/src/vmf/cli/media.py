@@ -134,6 +134,37 @@ def storageattach(name: str, port: int, kind: str, medium: str, read_only: bool,
         say(f"It got the device {device}, which serves drives.")
 
 
+@click.command("change-medium")
+@click.option("--port", type=click.IntRange(0, 15), required=True, metavar="N", help="Storage port, 0 to 15.")
+@click.option(
+    "--medium",
+    required=True,
+    metavar="PATH|URI|none",
+    shell_complete=_complete_media,
+    help="Image file or URI; none (or emptydrive) leaves the drive empty.",
+)
+@click.pass_obj
+def change_medium(name: str, port: int, medium: str) -> None:
+    """Put another DVD or floppy image into a drive of the running machine, until it ends.
+
+    The guest has to unmount the old one first. The machine's definition keeps its medium (see `storageattach`), and so
+    must that of a teleport's target be given the new one.
+
+    \b
+    Examples:
+      vmf controlvm web change-medium --port 1 --medium debian-12-DVD-2.iso
+      vmf controlvm web change-medium --port 1 --medium none
+    """
+    from vmf.control.client import ControlClient
+    from vmf.storage.uri import absolute
+
+    uri = "" if medium in (NONE, EMPTY) else absolute(medium)
+    with ControlClient.of(home(), name) as machine:
+        machine.change_medium(port, uri)
+    what = f"{uri} in it" if uri else "no medium in it"
+    say(f"The drive at port {port} of machine '{name}' has {what} now.")
+
+
 def _look(drive: DriveConfig) -> int:
     """The size of the medium. Raises when it cannot be used so."""
     from vmf.storage.uri import scheme_of

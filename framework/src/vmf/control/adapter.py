@@ -125,6 +125,9 @@ class MachineAdapter:
         answer: Plain = plain(self.machine.switch_backend(backend))
         return answer
 
+    def change_medium(self, port: int, medium: str) -> None:
+        self.machine.change_medium(port, medium)
+
     def trace(self, instructions: int, output: str, json_lines: bool, progress: ProgressCallback) -> Plain:
         summary = self.machine.trace(instructions, output, json_lines=json_lines, progress=progress)
         answer: Plain = plain(summary)

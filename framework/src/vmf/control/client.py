@@ -137,6 +137,10 @@ class ControlClient:
         """Go on with another CPU backend, live: {"before", "after", "stopped_ns", "total_ns"}."""
         return self._mapping("switch_backend", {"backend": backend}, timeout=60)
 
+    def change_medium(self, port: int, medium: str) -> None:
+        """Put another medium (a URI; "" for none) into the DVD or floppy drive at `port`."""
+        self._mapping("change_medium", {"port": port, "medium": medium}, timeout=60)
+
     def trace(
         self,
         instructions: int,

@@ -96,6 +96,9 @@ class ControlledMachine(Protocol):
     def switch_backend(self, backend: str) -> Plain:
         """Go on with another CPU backend: {"before", "after", "stopped_ns", "total_ns"}."""
 
+    def change_medium(self, port: int, medium: str) -> None:
+        """Put another medium (a URI; "" for none) into a removable drive."""
+
     def trace(self, instructions: int, output: str, json_lines: bool, progress: ProgressCallback) -> Plain:
         """Write the next instructions of the guest to a file; blocks until they are there and gives the summary."""
 

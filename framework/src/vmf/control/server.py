@@ -64,6 +64,7 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
     "teleport.release": {},
     "teleport.resolve": {"how": (str,), "force": (bool,), "peer": (dict,)},
     "switch_backend": {"backend": (str,)},
+    "change_medium": {"port": (int,), "medium": (str,)},
     "trace": {"instructions": (int,), "output": (str,), "json_lines": (bool,)},
     "trace.cancel": {},
     "snapshot": {"name": (str,), "description": (str,)},
@@ -75,6 +76,7 @@ _REQUIRED = {
     "teleport.check": ("host", "port"),
     "teleport.resolve": ("how",),
     "switch_backend": ("backend",),
+    "change_medium": ("port", "medium"),
     "trace": ("instructions", "output"),
     "snapshot": ("name",),
 }
@@ -191,6 +193,7 @@ class ControlServer:
                 "done": machine.resolve_teleport(params["how"], params.get("force", False), params.get("peer"))
             },
             "switch_backend": lambda: machine.switch_backend(params["backend"]),
+            "change_medium": lambda: machine.change_medium(params["port"], params["medium"]),
             "trace.cancel": lambda: {"cancelled": machine.cancel_trace()},
         }
         answer = simple[method]()

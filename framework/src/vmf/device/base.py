@@ -108,6 +108,10 @@ class Device(ABC):
     def restore(self, payload: Payload) -> None:
         """Take over a state: unknown versions, missing and leftover fields raise StateError and change nothing."""
 
+    def medium_changed(self, drive: Drive) -> None:  # noqa: B027 - most devices serve no drives
+        """A drive of the machine has another medium or none now, and another `size`. Called at rest (`quiesce`), for
+        removable drives only; not everybody's drive is meant."""
+
     def migration_blocker(self) -> str:
         """Why this device cannot teleport now, one line for people; "" when it can."""
         return ""

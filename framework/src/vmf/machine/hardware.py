@@ -298,6 +298,18 @@ class Hardware:
 
         self.thread.call(halt)
 
+    def change_medium(self, drive: Drive, exchange: Callable[[], None]) -> None:
+        """Do `exchange`, which puts another medium into a drive, while no device uses any; then tell the devices."""
+
+        def change() -> None:
+            for device in self.devices:
+                device.quiesce()
+            exchange()
+            for device in self.devices:
+                device.medium_changed(drive)
+
+        self.thread.call(change)
+
     def type(self, data: bytes) -> int:
         """Input for the guest's first serial port; how many bytes were taken."""
         taken = self.console.type(data)

@@ -336,6 +336,17 @@ class Machine:
 
     # -- running
 
+    def change_medium(self, port: int, medium: str) -> None:
+        """Put another medium (an image's URI; "" for none) into the DVD or floppy drive at `port`, until it ends.
+
+        The definition stays as it is. Raises InvalidStateError unless running or paused, NotFoundError without such
+        a drive, ConfigError for a hard disk, StorageError when the medium cannot be used; then the old one is in it.
+        """
+        with self.operation:
+            if self._state not in (_S.RUNNING, _S.PAUSED):
+                raise self.illegal("given another medium", "running or paused")
+            self.storage.change_medium(port, medium, self.hardware.change_medium)
+
     def pause(self) -> None:
         """Stop the guest; its time stands still until `resume`."""
         with self.operation:

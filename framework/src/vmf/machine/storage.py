@@ -21,7 +21,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import attrs
 
 from vmf.errors import ConfigError, LeaseLost, NotFoundError, StorageError, VmfError
 from vmf.machine.config import DriveConfig, MachineConfig
@@ -116,6 +119,7 @@ class MachineStorage:
     def __init__(self, config: MachineConfig, registry: PluginRegistry, on_lost: Callable[[LeaseLost], None]) -> None:
         """`on_lost` is called once, on an I/O thread, when a fence finds that another machine has the image."""
         self._me = this_owner(config.name, config.uuid)
+        self._registry = registry
         self._name = config.name
         self.slots = [Slot(each, registry) for each in sorted(config.drives, key=lambda each: each.port)]
         self.drives: tuple[Drive, ...] = tuple(slot.drive for slot in self.slots)
@@ -176,6 +180,70 @@ class MachineStorage:
                 self._lost.set()
                 self._on_lost(error)
             raise
+
+    def change_medium(self, port: int, medium: str, swap: Callable[[Drive, Callable[[], None]], None]) -> None:
+        """Put another medium into the removable drive at `port`; "" for none. After an error the old one is in it.
+
+        Args:
+            swap: calls the callable that it gets when no request is under way, and tells the devices.
+        """
+        number = next((n for n, slot in enumerate(self.slots) if slot.config.port == port), -1)
+        if number < 0:
+            raise NotFoundError(
+                f"machine {self._name} has no drive at port {port}.", f"See `vmf showvminfo {self._name}`."
+            )
+        old = self.slots[number]
+        drive = old.drive
+        if not drive.type.removable:
+            raise ConfigError(
+                f"the {old.label} is a hard disk, whose medium cannot be changed while the machine runs.",
+                "Power the machine off, and use `vmf storageattach`.",
+            )
+        if medium == old.config.medium:
+            return
+        new = Slot(attrs.evolve(old.config, medium=medium), self._registry)
+        opened = new.drive
+        try:
+            if new.driver is not None:
+                new.probe()
+                if new.writable and self._find_lease(new, create=True):
+                    assert new.lease is not None
+                    new.lease.claim()
+                self._open(new)
+            new.drive = drive
+
+            def exchange() -> None:
+                if old.writable:
+                    drive.flush()
+                old.close_image()
+                drive.medium, drive.size, drive.block_size = medium, opened.size, opened.block_size
+                drive.can_discard = opened.can_discard
+                image = opened.detach()
+                if image is not None:
+                    drive.attach(image, None if new.lease is None else partial(self._fence, new.lease))
+                self.slots[number] = new
+
+            swap(drive, exchange)
+        except BaseException:
+            if self.slots[number] is old:
+                new.drive = opened
+                self._give_up(new)
+            raise
+        if old.lease is not None:
+            self._give_up(old, image=False)
+        old.drop_mark()
+
+    def _give_up(self, slot: Slot, *, image: bool = True) -> None:
+        """Close what a slot that is no longer, or never became, this machine's holds."""
+        if image:
+            slot.close_image()
+        lease, slot.lease = slot.lease, None
+        if lease is not None:
+            try:
+                if lease.held:
+                    lease.release()
+            finally:
+                lease.close()
 
     # -- what both sides are
 

@@ -2,7 +2,8 @@
 
 A device is made before the machine may use its disks (a teleport target waits while another host still writes them),
 and lives on when they have been passed on. So it holds a `Drive` all its life, and the machine puts the open image in
-(`attach`) and takes it out (`detach`). Geometry (`size`, `read_only`, ...) is known and constant from the beginning.
+(`attach`) and takes it out (`detach`). Geometry (`size`, `read_only`, ...) is known and constant from the beginning,
+except that a removable drive may get another medium (`Device.medium_changed`).
 I/O outside of the time in which the machine holds the image raises StorageError.
 
 Who may write is checked with every request that changes the image, by the `fence` that came with it: an owner that

@@ -138,11 +138,11 @@ class VirtioBlock(VirtioDevice):
             self._sectors, 0, SEGMENTS_MAX, 0, 0, 0, SECTOR_SIZE, exponent, 0, 1, 0, 1, 0, 1, *ranges, 1
         )
 
-    def medium_changed(self) -> None:
-        """The drive's medium is another one, or there is none: the driver reads the size again. vCPU thread."""
-        self._threads.drain()
-        self._sectors = self._drive.size // SECTOR_SIZE
-        self.configuration_changed()
+    def medium_changed(self, drive: Drive) -> None:
+        """The driver is told to read the size again."""
+        if drive is self._drive:
+            self._sectors = drive.size // SECTOR_SIZE
+            self.configuration_changed()
 
     # -- requests
 
