@@ -82,6 +82,11 @@ class Cell:
         """HANDOVER left the source."""
         return ("source", "HANDOVER") in self.proxy.seen
 
+    @property
+    def asked_for(self) -> bool:
+        """READY left the target: HANDOVER may have left the source, too, and have died with the connection."""
+        return ("target", "READY") in self.proxy.seen
+
     def states(self) -> tuple[str, str]:
         return self.source.state("box"), self.target.state("box")
 
@@ -120,9 +125,11 @@ class Cell:
         source, target = self.settle()
         if not self.handed:
             assert target in ("teleportingin", "aborted"), f"the target is {target} before HANDOVER"
-            assert source == ("aborted" if self.died == "source" else "running")
             if self.died == "source":
-                self.then.append("started anew")
+                assert source in ("aborted", "uncertain") if self.asked_for else source == "aborted"
+                self.then += ["started anew"] if source == "aborted" else []
+            else:
+                assert source == "running" or (self.asked_for and source == "uncertain")
         else:
             if self.died == "target":
                 assert target == "aborted"
