@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 
+from vmf.errors import StateError, VmfError
 from vmf.machine.config import DriveConfig, MachineConfig
 from vmf.machine.machine import Machine, wait_until
 from vmf.machine.states import MachineState
@@ -295,3 +297,39 @@ def test_a_machine_without_virtio_is_as_before() -> None:
         assert box.info()["devices"] == ["pc.i8259", "pc.i8254", "pc.uart16550", "pc.cmos", "pc.control"]
         assert box.hardware.bus.port_read(0xCF8, 4) == 0xFFFF_FFFF
         assert box.hardware.bus.mmio_ranges == ()
+
+
+@pytest.mark.timeout(120)
+def test_storage_that_hangs_fails_the_pause_and_the_teleport_and_not_the_machine() -> None:
+    config = MachineConfig(name="box", memory_mib=32, image=guests.builtin_guest(), cpu_backend="unicorn")
+    source, target = Machine(config), Machine(config)
+    output = bytearray()
+    source.console.add_listener(output.extend)
+
+    def goes_on() -> bool:
+        before = output.count(b"tick ")
+        return wait_until(lambda: output.count(b"tick ") > before + 2, 20)
+
+    with source, target:
+        source.start()
+        address = target.listen("127.0.0.1", 0)
+        waiting = threading.Thread(target=target.wait_for_teleport)
+        waiting.start()
+        device = source.hardware.devices[-1]
+
+        def hang() -> None:
+            raise StateError("disk at port 0: 1 requests to its storage are not answered.")
+
+        device.quiesce = hang  # type: ignore[method-assign]
+        with pytest.raises(StateError, match="not answered"):
+            source.pause()
+        assert source.state is MachineState.RUNNING
+        assert goes_on()
+        with pytest.raises(VmfError, match="not answered"):
+            source.teleport(address.host, address.port)
+        assert source.state is MachineState.RUNNING
+        assert goes_on()
+        del device.quiesce
+        source.teleport(address.host, address.port)
+        waiting.join(30)
+        assert target.state is MachineState.RUNNING
