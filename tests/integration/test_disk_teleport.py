@@ -16,6 +16,8 @@ import pytest
 from vmf.errors import TeleportError, TeleportUncertain, VmfError
 from vmf.machine.config import DriveConfig, MachineConfig
 from vmf.plugins.bridge import PluginRegistry
+from vmf.storage import lease as rules
+from vmf.storage.holder import read_record
 from vmf.storage.media import lease_of
 from vmf.testing.disks import disk_guest
 from vmf.testing.faults import Fault, FaultProxy
@@ -256,3 +258,45 @@ def test_the_lease_decides_an_interrupted_handover(
         client.power_off()
     runs.wait_gone("vm")
     verify(disk, last)
+
+
+def test_a_machine_that_lost_its_lease_stands_still(hosts: tuple[Host, Host], disk: Path) -> None:
+    """Somebody broke it although the machine lives (here by hand, as the command refuses): nothing more is written."""
+    host = hosts[0]
+    host.define(machine(disk))
+    host.start("vm")
+    host.wait_for_more("vm", b"stamped ", timeout=300)
+    store = PluginRegistry().storage("file").lease_store(str(disk), create=False)
+    assert store is not None
+    record = rules.broken(read_record(store))
+    store.write(record.sequence % 2 * rules.BLOCK, rules.encode(record))
+    store.close()
+    host.wait_for_state("vm", "failed", timeout=60)
+    before = disk.read_bytes()
+    with host.client("vm") as client:
+        assert "does not belong to machine vm" in client.info()["failure"]
+        client.power_off()
+    host.wait_gone("vm")
+    assert disk.read_bytes() == before
+
+
+def test_a_medium_that_comes_later(hosts: tuple[Host, Host], disk: Path) -> None:
+    """A target waits although its medium is missing; the check names it, and looks again each time."""
+    source, target = hosts
+    other = disk.with_name("other.img")
+    source.define(machine(disk))
+    target.define(machine(other))
+    source.start("vm")
+    source.wait_for_more("vm", b"stamped ", timeout=300)
+    port = target.wait("vm")
+    with source.client("vm") as client, pytest.raises(TeleportError, match="missing"):
+        client.teleport("127.0.0.1", port)
+    other.write_bytes(bytes(4 * MIB))
+    with source.client("vm") as client, pytest.raises(TeleportError, match="size of the drive at port 0: 8 MiB"):
+        client.teleport("127.0.0.1", port)
+    other.unlink()
+    other.symlink_to(disk)
+    with source.client("vm") as client:
+        client.teleport("127.0.0.1", port, max_downtime_ms=500)
+    target.wait_for_more("vm", b"stamped ", timeout=300)
+    assert b"I/O error" not in target.output("vm")
