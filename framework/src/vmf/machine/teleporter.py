@@ -126,9 +126,9 @@ class Teleporter:
                 channel.close()
             return machine.summary
         except TeleportUncertain as error:
-            machine.hardware.halt(freeze_time=True)  # however long it takes until somebody decides
             self.doubt = Doubt.of(error, address, before is _S.RUNNING, view, password)
             machine.set_state(_S.UNCERTAIN)
+            machine.hardware.halt(freeze_time=True)  # however long it takes until somebody decides
             raise
         except BaseException:
             if machine.state is going_on[before]:
