@@ -4,7 +4,8 @@ On a file system of this host the page cache is what everybody sees. On one of t
 it is done with O_DIRECT where that works, and by opening the file anew where it does not (NFS and SMB look at the
 server when a file is opened).
 
-The lock is on this file's first byte. It is freed with the last descriptor, so it tells whether the owner lives.
+The lock is on a byte far behind the end: SMB's locks are mandatory, and one on the record itself would keep others from
+reading whose it is. It is freed with the last descriptor, so it tells whether the owner lives.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from vmf_storage_file import kernel
 from vmf_storage_file.image import explain
 
 SUFFIX = ".vmf-lease"
+LOCK = 1 << 61
+"""The byte that is locked."""
 
 
 class LeaseFile(LeaseStore):
@@ -92,7 +95,7 @@ class LeaseFile(LeaseStore):
                 "Whoever writes the image must be able to write that file: look at the permissions.",
             )
         try:
-            if not kernel.lock(self._descriptor, 0, exclusive=True):
+            if not kernel.lock(self._descriptor, LOCK, exclusive=True):
                 return False
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -109,7 +112,7 @@ class LeaseFile(LeaseStore):
     def unlock(self) -> None:
         if self._locked:
             self._locked = False
-            kernel.unlock(self._descriptor, 0)
+            kernel.unlock(self._descriptor, LOCK)
 
     def still_locked(self) -> bool:
         return not self.excludes or (self._locked and os.fstat(self._descriptor).st_nlink > 0)
@@ -122,7 +125,7 @@ class LeaseFile(LeaseStore):
 
     def locked_elsewhere(self) -> bool:
         try:
-            return kernel.is_locked(self._descriptor, 0)
+            return kernel.is_locked(self._descriptor, LOCK)
         except OSError:
             return False
 
