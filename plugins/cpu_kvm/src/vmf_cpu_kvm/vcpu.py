@@ -13,10 +13,6 @@ Theory of operation
     anything. Otherwise an interrupt window is requested: KVM_RUN then returns as soon as the guest can take it.
 
     HLT. Without irqchip KVM knows no halted state: it exits and RIP is behind the HLT. `halted` is ours.
-
-    TSC. A guest TSC is the host's (scaled) plus an offset. KVM_SET_MSRS guesses whether a written value was meant to
-    synchronise with earlier writes, and may ignore it; so the offset itself is set (KVM_VCPU_TSC_OFFSET, Linux 5.16),
-    or where that is missing, the value is written twice, the first time so far off that no guess is possible.
 """
 
 from __future__ import annotations
@@ -43,9 +39,11 @@ from vmf.cpuid.compare import Difference
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, MachineError, StateError
 from vmf_cpu_kvm import abi, convert, cpuid, errors, msrs
-from vmf_cpu_kvm.dirtylog import PROTECT_FLAGS, KvmDirtyLog
+from vmf_cpu_kvm.dirtylog import KvmDirtyLog
 from vmf_cpu_kvm.host import HostKvm, get_cpuid, pack_cpuid
 from vmf_cpu_kvm.kick import Kicker
+from vmf_cpu_kvm.vcpu_msrs import VcpuMsrs
+from vmf_cpu_kvm.vm import can_log, enable, make_vm
 
 _KICKED = VmExit(ExitReason.KICKED)
 _HALTED = VmExit(ExitReason.HALTED)
@@ -53,14 +51,8 @@ _HALTED = VmExit(ExitReason.HALTED)
 MIN_SLICE_NS = 100_000
 """A slice lasts at least that long even when its deadline has passed, so that the guest always gets
 on (entering a nested guest alone can take 50 µs)."""
-_FAR_OFF = 1 << 52
-"""TSC ticks; more than any drift that KVM takes for an attempt to synchronise (one second)."""
 _APIC_BASE = 0xFEE00100
 """IA32_APIC_BASE of a boot processor whose APIC is off: KVM shows the APIC bit in CPUID when it is on."""
-_TSS_ADDRESS = 0xFFFBD000
-_IDENTITY_MAP_ADDRESS = 0xFFFBC000
-"""Four pages below 4 GiB that KVM on Intel needs for real mode without unrestricted guests; never RAM here."""
-
 _EFER_KNOWN = 0x20_ED01
 """SCE LME LMA NXE LMSLE FFXSR TCE AIBRSE; the ones that the guest's CPUID lacks KVM refuses itself."""
 _RFLAGS_KNOWN = 0x3F_7FD7
@@ -110,7 +102,7 @@ class KvmVcpu(Vcpu):
             self._make(device, dirty_log)
             self._set_cpuid()
             self._set_tsc_rate()
-            self._choose_msrs()
+            self._msrs = VcpuMsrs(self._fd, host.msr_indices, environment.cpuid.vendor)
             self.restore(reset_state(environment.tsc_khz))
         except OSError as error:
             self.close()
@@ -124,46 +116,14 @@ class KvmVcpu(Vcpu):
     # -- making it
 
     def _make(self, device: int, dirty_log: bool) -> None:
-        host = self._host
-        self.vm = abi.ioctl(device, abi.CREATE_VM, 0)
-        extensions = {
-            capability: abi.check_extension(self.vm, capability)
-            for capability in (
-                abi.CAP_EXCEPTION_PAYLOAD, abi.CAP_TRIPLE_FAULT_EVENT, abi.CAP_PMU_CAPABILITY,
-                abi.CAP_DISABLE_QUIRKS2, abi.CAP_EXIT_ON_EMULATION_FAILURE, abi.CAP_SREGS2, abi.CAP_XSAVE2,
-                abi.CAP_SET_TSS_ADDR, abi.CAP_SET_IDENTITY_MAP_ADDR, abi.CAP_ENFORCE_PV_FEATURE_CPUID,
-            )
-        }  # fmt: skip
+        host, memory = self._host, self._environment.memory
+        self.vm, extensions = make_vm(device, memory, dirty_log=dirty_log)
         self._payloads = bool(extensions[abi.CAP_EXCEPTION_PAYLOAD])
         self._triple_faults = bool(extensions[abi.CAP_TRIPLE_FAULT_EVENT])
-        if self._payloads:
-            self._enable(self.vm, abi.CAP_EXCEPTION_PAYLOAD, 1)
-        if self._triple_faults:
-            self._enable(self.vm, abi.CAP_TRIPLE_FAULT_EVENT, 1)
-        if extensions[abi.CAP_PMU_CAPABILITY] & abi.PMU_CAP_DISABLE:
-            self._enable(self.vm, abi.CAP_PMU_CAPABILITY, abi.PMU_CAP_DISABLE)
-        if extensions[abi.CAP_EXIT_ON_EMULATION_FAILURE]:
-            self._enable(self.vm, abi.CAP_EXIT_ON_EMULATION_FAILURE, 1)
-        quirks = extensions[abi.CAP_DISABLE_QUIRKS2] & (
-            abi.QUIRK_OUT_7E_INC_RIP | abi.QUIRK_FIX_HYPERCALL_INSN | abi.QUIRK_MWAIT_NEVER_UD_FAULTS
-        )
-        if quirks:
-            self._enable(self.vm, abi.CAP_DISABLE_QUIRKS2, quirks)
-        if extensions[abi.CAP_SET_TSS_ADDR]:
-            abi.ioctl(self.vm, abi.SET_TSS_ADDR, _TSS_ADDRESS)
-        if extensions[abi.CAP_SET_IDENTITY_MAP_ADDR]:
-            abi.ioctl(self.vm, abi.SET_IDENTITY_MAP_ADDR, abi.buffer_of("<Q", _IDENTITY_MAP_ADDRESS))
-        self._logs = abi.check_extension(self.vm, abi.CAP_MANUAL_DIRTY_LOG_PROTECT2) & PROTECT_FLAGS == PROTECT_FLAGS
-        if self._logs:
-            self._enable(self.vm, abi.CAP_MANUAL_DIRTY_LOG_PROTECT2, PROTECT_FLAGS)
-        memory = self._environment.memory
-        for slot, region in enumerate(memory.regions):
-            flags = abi.MEM_LOG_DIRTY_PAGES if dirty_log else 0
-            arguments = (slot, flags, region.gpa, region.size, memory.address + region.offset)
-            abi.ioctl(self.vm, abi.SET_USER_MEMORY_REGION, abi.buffer_of(abi.MEMORY_REGION, *arguments))
+        self._logs = can_log(extensions)
         self._fd = abi.ioctl(self.vm, abi.CREATE_VCPU, 0)
         if extensions[abi.CAP_ENFORCE_PV_FEATURE_CPUID]:
-            self._enable(self._fd, abi.CAP_ENFORCE_PV_FEATURE_CPUID, 1)
+            enable(self._fd, abi.CAP_ENFORCE_PV_FEATURE_CPUID, 1)
         run_map = mmap.mmap(self._fd, host.mmap_size, flags=mmap.MAP_SHARED)
         self._run_map = run_map
         self._run = memoryview(run_map)
@@ -182,16 +142,6 @@ class KvmVcpu(Vcpu):
         self._get_xsave = abi.GET_XSAVE2 if xsave_size else abi.GET_XSAVE
         self._xsave = abi.buffer(max(xsave_size, abi.XSAVE_SIZE))
         self._vector = abi.buffer(4)
-        self._tsc_entry = abi.buffer(abi.MSRS_HEADER + abi.MSR_ENTRY.size)
-        self._offset = abi.buffer(8)
-        self._offset_attribute = abi.buffer_of(
-            abi.DEVICE_ATTR, 0, abi.VCPU_TSC_CTRL, abi.VCPU_TSC_OFFSET, ctypes.addressof(self._offset)
-        )
-        self._tsc_by_offset = abi.raw_ioctl(self._fd, abi.HAS_DEVICE_ATTR, self._offset_attribute) == 0
-
-    @staticmethod
-    def _enable(fd: int, capability: int, argument: int) -> None:
-        abi.ioctl(fd, abi.ENABLE_CAPABILITY, abi.buffer_of(abi.ENABLE_CAP, capability, 0, argument, 0, 0, 0))
 
     def _set(self, request: int, argument: Any) -> None:
         abi.ioctl(self._fd, request, argument)
@@ -227,24 +177,6 @@ class KvmVcpu(Vcpu):
                     "Choose a host whose CPU runs at the machine's rate.",
                 ) from error
         self.tsc_khz = abi.ioctl(self._fd, abi.GET_TSC_KHZ)
-
-    def _choose_msrs(self) -> None:
-        """Find the MSRs that this vCPU has: KVM_GET_MSRS stops at the first that it has not."""
-        wanted = msrs.candidates(self._host.msr_indices)
-        present: list[int] = []
-        while wanted:
-            buffer = _msr_buffer(dict.fromkeys(wanted, 0))
-            got = abi.ioctl(self._fd, abi.GET_MSRS, buffer)
-            present += wanted[:got]
-            wanted = wanted[got + 1 :]
-        if missing := REQUIRED_MSRS - set(present):
-            raise BackendUnavailable(f"this KVM has no {msrs.describe(min(missing))}.", "Use another backend.")
-        # The guest of an AMD contract loses nothing by that: see amd_value.
-        self._half_sysenter = self._environment.cpuid.vendor != "GenuineIntel"
-        self._msr_list = tuple(present)
-        self._msr_buffer = _msr_buffer(dict.fromkeys(present, 0))
-        self._msr_format = struct.Struct("<" + "8xQ" * len(present))
-        self._msr_reset = {index: msrs.reset_value(index, fresh) for index, fresh in self._read_msrs().items()}
 
     # -- running
 
@@ -417,7 +349,7 @@ class KvmVcpu(Vcpu):
         abi.ioctl(fd, self._get_xsave, self._xsave)
         abi.ioctl(fd, abi.GET_XCRS, self._xcrs)
         abi.ioctl(fd, abi.GET_DEBUGREGS, self._debug)
-        current = self._read_msrs()
+        carried = self._msrs.saved()
         tsc = self.read_tsc()
         registers, rip, rflags = convert.unpack_regs(self._regs)
         events, rflags = convert.unpack_events(self._events, rflags)
@@ -432,11 +364,7 @@ class KvmVcpu(Vcpu):
             **fields,
             xcr0=xcr0,
             dr=(db0, db1, db2, db3, dr6, dr7),
-            msrs={
-                index: value
-                for index, value in current.items()
-                if index in REQUIRED_MSRS or value != self._msr_reset[index]
-            },
+            msrs=carried,
             xsave=convert.neutral_xsave(self._xsave.raw, xcr0, self._layout),
             events=events,
             halted=self._halted,
@@ -463,7 +391,7 @@ class KvmVcpu(Vcpu):
         self._put(abi.SET_REGS, self._regs, "the general registers")
         self._put(abi.SET_XCRS, self._xcrs, f"XCR0 = {state.xcr0:#x}")
         self._put(abi.SET_XSAVE, self._xsave, "the XSAVE area", "MXCSR or a component has bits KVM does not know")
-        self._write_msrs(state.msrs)
+        self._msrs.write(state.msrs)
         self._put(abi.SET_DEBUGREGS, self._debug, f"DR6 {state.dr[4]:#x} and DR7 {state.dr[5]:#x}")
         self._put(abi.SET_VCPU_EVENTS, self._events, "the pending events")
         run = self._run
@@ -533,38 +461,6 @@ class KvmVcpu(Vcpu):
             reason = f" ({why})" if why else ""
             raise StateError(f"vCPU state: KVM does not take {what}: {error.strerror}{reason}.") from error
 
-    def _read_msrs(self) -> dict[int, int]:
-        got = abi.ioctl(self._fd, abi.GET_MSRS, self._msr_buffer)
-        if got != len(self._msr_list):
-            raise MachineError(f"KVM cannot read {msrs.describe(self._msr_list[got])} any more.")
-        values = self._msr_format.unpack_from(self._msr_buffer, abi.MSRS_HEADER)
-        return dict(zip(self._msr_list, values, strict=True))
-
-    def _write_msrs(self, wanted: Mapping[int, int]) -> None:
-        """Set what differs: some MSRs read as a constant and refuse every write."""
-        current = self._read_msrs()
-        resets = self._msr_reset
-        for index, value in wanted.items():
-            if index not in current and value != msrs.reset_value(index):
-                raise StateError(f"vCPU state: this vCPU has no {msrs.describe(index)}, which holds {value:#x}.")
-        changes = {
-            index: target
-            for index, value in current.items()
-            if (target := wanted.get(index, resets[index])) != value
-        }
-        if not changes:
-            return
-        done = abi.ioctl(self._fd, abi.SET_MSRS, _msr_buffer(changes))
-        if done != len(changes):
-            index = list(changes)[done]
-            raise StateError(f"vCPU state: KVM does not take {msrs.describe(index)} = {changes[index]:#x}.")
-        kept = self._read_msrs()
-        for index, value in changes.items():
-            if kept[index] != value and not (self._half_sysenter and kept[index] == msrs.amd_value(index, value)):
-                raise StateError(
-                    f"vCPU state: KVM keeps {kept[index]:#x} of {msrs.describe(index)} = {value:#x} for this CPU."
-                )
-
     def read_cpuid(self) -> CpuidTable | None:
         """What KVM says it presents, read back; None for a KVM that is trusted blindly. That it does as it says, its
         self-test has seen."""
@@ -573,23 +469,10 @@ class KvmVcpu(Vcpu):
     # -- TSC
 
     def read_tsc(self) -> int:
-        struct.pack_into("<I4xI4xQ", self._tsc_entry, 0, 1, 0x10, 0)
-        if abi.ioctl(self._fd, abi.GET_MSRS, self._tsc_entry) != 1:
-            raise MachineError("KVM cannot read the guest's TSC.")
-        value: int = abi.MSR_ENTRY.unpack_from(self._tsc_entry, abi.MSRS_HEADER)[2]
-        return value
+        return self._msrs.read_tsc()
 
     def write_tsc(self, value: int) -> None:
-        if self._tsc_by_offset:
-            abi.ioctl(self._fd, abi.GET_DEVICE_ATTR, self._offset_attribute)
-            (offset,) = struct.unpack_from("<Q", self._offset)
-            struct.pack_into("<Q", self._offset, 0, offset + value - self.read_tsc() & (1 << 64) - 1)
-            self._set(abi.SET_DEVICE_ATTR, self._offset_attribute)
-            return
-        for attempt in ((value + _FAR_OFF) & (1 << 64) - 1, value or 1):
-            struct.pack_into("<I4xI4xQ", self._tsc_entry, 0, 1, 0x10, attempt)
-            if abi.ioctl(self._fd, abi.SET_MSRS, self._tsc_entry) != 1:
-                raise MachineError("KVM cannot set the guest's TSC.")
+        self._msrs.write_tsc(value)
 
     # -- the rest
 
@@ -611,15 +494,6 @@ class KvmVcpu(Vcpu):
             if fd >= 0:
                 os.close(fd)
         self.vm = self._fd = -1
-
-
-def _msr_buffer(values: Mapping[int, int]) -> abi.Buffer:
-    """A struct kvm_msrs."""
-    buffer = abi.buffer(abi.MSRS_HEADER + len(values) * abi.MSR_ENTRY.size)
-    struct.pack_into("<I", buffer, 0, len(values))
-    for i, (index, value) in enumerate(values.items()):
-        abi.MSR_ENTRY.pack_into(buffer, abi.MSRS_HEADER + i * abi.MSR_ENTRY.size, index, 0, value)
-    return buffer
 
 
 def reset_state(tsc_khz: int) -> VcpuState:
