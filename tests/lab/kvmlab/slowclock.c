@@ -68,6 +68,3 @@ int __ppoll_chk(struct pollfd *fds, nfds_t count, const struct timespec *timeout
 	(void)size;
 	return ppoll(fds, count, timeout, mask);
 }
-
-/* For slowclock.py. */
-uint64_t vmf_lab_tsc(void) { return __builtin_ia32_rdtsc(); }

@@ -7,18 +7,16 @@ single-threaded and many times slower.
 
 So QEMU's clocks are slowed down for all of the lab: a small library in LD_PRELOAD divides what `clock_gettime` says
 and multiplies how long `ppoll` waits. Everything inside counts by clocks that QEMU makes from these, and it fits
-together: the lab's kernel finds a time stamp counter of three times the rate, since that one is the host's own, and
-everything is measured by it. Three seconds outside are one inside.
+together: the lab's kernel finds a time stamp counter of five times the rate, since that one is the host's own, and
+everything is measured by it. Five seconds outside are one inside.
 
-The factor is as high as the rate of the counter allows: a rate past 8.3 GHz cannot be told in CPUID (leaf 0x15).
+The factor grows with the load on this machine, as what matters is how much gets done between two ticks.
 `VMF_LAB_SLOWDOWN` overrides it; 1 is the world's time. Without a C compiler there is no slowdown.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import time
 from pathlib import Path
 
 from attrs import frozen
@@ -29,8 +27,8 @@ from kvmlab.cache import cached, digest
 SOURCE = Path(__file__).resolve().with_name("slowclock.c")
 FLAGS = ("-O2", "-shared", "-fPIC", "-Wall", "-Wextra")
 VARIABLE = "VMF_LAB_SLOWDOWN"
-WANTED = 4
-MOST_KHZ = 8_300_000
+LEAST, MOST = 5, 12
+"""On an idle machine, and on however busy a one: what sleeps in the lab takes that much longer, too."""
 
 
 @frozen
@@ -53,18 +51,13 @@ def slow_clock() -> SlowClock:
         return SlowClock()
     library = cached("slowclock", digest(FLAGS, SOURCE.read_text()), _compile) / "slowclock.so"
     configured = os.environ.get(VARIABLE, "")
-    factor = int(configured) if configured.isdigit() else min(WANTED, MOST_KHZ // tsc_khz(library))
+    factor = int(configured) if configured.isdigit() else for_load(os.getloadavg()[0], os.cpu_count() or 1)
     return SlowClock(max(1, factor), library)
 
 
-def tsc_khz(library: Path) -> int:
-    """Rate of this machine's time stamp counter, to a per mille or so."""
-    read = ctypes.CDLL(str(library)).vmf_lab_tsc
-    read.restype = ctypes.c_uint64
-    began, first = time.perf_counter_ns(), read()
-    time.sleep(0.05)
-    ended, last = time.perf_counter_ns(), read()
-    return max(1, int(last - first) * 1_000_000 // (ended - began))
+def for_load(load: float, processors: int) -> int:
+    """The factor for a machine with that load average."""
+    return round(min(MOST, LEAST * max(1.0, load / processors)))
 
 
 def _compile(directory: Path) -> None:

@@ -210,15 +210,24 @@ def _with_hypervisor(table: CpuidTable, present: bool) -> CpuidTable:
     return CpuidTable({**table.entries, (1, 0): evolve(old, ecx=old.ecx | bit if present else old.ecx & ~bit)})
 
 
-def with_tsc(table: CpuidTable, tsc_khz: int) -> CpuidTable:
-    """The table telling a TSC rate in leaf 0x15: ratio 2/1 of a crystal of half the rate, in Hz, and no leaf 0x16.
+def tsc_leaf(tsc_khz: int) -> CpuidRegisters:
+    """Leaf 0x15 for a TSC rate: ratio 2/1 of a crystal of half the rate, in Hz (SDM vol. 2A, CPUID).
 
-    Guests multiply crystal and ratio in 32 bits, so the ratio must be small.
+    Guests multiply crystal and ratio in 32 bits, so the ratio must be small; it is greater than 2 only where the
+    crystal would not fit otherwise, beyond 8.5 GHz (an emulator's clock). Raises CpuidError for a rate that is none.
     """
-    if not 1 <= tsc_khz < 1 << 23:
-        raise CpuidError(f"A TSC rate of {tsc_khz} kHz cannot be told in CPUID.", "Give a rate below 8.3 GHz.")
+    if not 1 <= tsc_khz < 1 << 32:
+        raise CpuidError(f"A TSC rate of {tsc_khz} kHz cannot be told in CPUID.", "Give the rate in kHz.")
+    ratio = 2
+    while (crystal := tsc_khz * 1000 // ratio) >> 32:
+        ratio *= 2
+    return CpuidRegisters(1, ratio, crystal, 0)
+
+
+def with_tsc(table: CpuidTable, tsc_khz: int) -> CpuidTable:
+    """The table telling a TSC rate in leaf 0x15, and no leaf 0x16. Raises CpuidError for a rate that is none."""
     entries = {key: value for key, value in table.entries.items() if key[0] != 0x16}
-    entries[0x15, 0] = CpuidRegisters(1, 2, tsc_khz * 500, 0)
+    entries[0x15, 0] = tsc_leaf(tsc_khz)
     top = table.lookup(0, 0)
     basic = max(leaf for leaf, _ in entries if leaf < 0x4000_0000)
     entries[0, 0] = evolve(top, eax=basic)

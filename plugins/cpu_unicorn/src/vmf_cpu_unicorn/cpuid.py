@@ -14,6 +14,7 @@ tests/test_unicorn_instructions.py.
 
 from __future__ import annotations
 
+from vmf.cpuid.contract import tsc_leaf
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
 
 BRAND = "vmf virtual CPU (Unicorn)"
@@ -44,8 +45,7 @@ def _text(text: str, size: int) -> list[int]:
 
 
 def capability(tsc_khz: int, address_bits: int) -> CpuidTable:
-    """The widest contract. `tsc_khz` goes into leaf 0x15 as crystal * 2 with crystal = rate / 2: Linux multiplies in
-    32 bits, so larger ratios overflow."""
+    """The widest contract; `tsc_khz` is told in leaf 0x15."""
     clflush_line = 8  # in units of 8 bytes
     entries: dict[tuple[int, int], CpuidRegisters] = {
         (0, 0): CpuidRegisters(0x15),
@@ -57,7 +57,7 @@ def capability(tsc_khz: int, address_bits: int) -> CpuidTable:
         (4, 1): CpuidRegisters(0x0000_0122, 0x01C0_003F, 0x3F, 1),  # L1I 32 KiB
         (4, 2): CpuidRegisters(0x0000_0143, 0x03C0_003F, 0x3FF, 1),  # L2 1 MiB, 16 ways, 1024 sets
         (7, 0): CpuidRegisters(0, _word(FEATURES_7_EBX), 0, 0),
-        (0x15, 0): CpuidRegisters(1, 2, tsc_khz * 500, 0),
+        (0x15, 0): tsc_leaf(tsc_khz),
         (0x8000_0000, 0): CpuidRegisters(0x8000_0008, 0, 0, 0),
         (0x8000_0001, 0): CpuidRegisters(0, 0, _word(FEATURES_80000001_ECX), _word(FEATURES_80000001_EDX)),
         (0x8000_0007, 0): CpuidRegisters(0, 0, 0, INVARIANT_TSC),
