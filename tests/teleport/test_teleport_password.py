@@ -297,7 +297,8 @@ def test_old_failures_are_forgotten() -> None:
 # Whole sessions between fake machines
 
 
-def test_a_teleport_with_a_password(pair: Any) -> None:
+def test_a_teleport_with_a_password(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "FIRST_DELAY_S", 60.0)
     source, target = pair.machine("source"), pair.machine("target")
     source.start()
     waiting = pair.wait(target, TargetOptions(verifier=VERIFIER))
@@ -313,9 +314,7 @@ def test_a_teleport_with_a_password(pair: Any) -> None:
     assert source.runs
     assert "describe" not in source.log  # nothing of the machine was told
     assert "check" not in target.log
-    import time
-
-    time.sleep(1.1)
+    monkeypatch.setattr(auth, "FIRST_DELAY_S", 0.0)
     pair.teleport(source, waiting, password=SECRET)
     waiting.wait_done()
     assert target.runs
