@@ -13,8 +13,13 @@ import pytest
 
 from vmf.errors import TeleportUncertain
 from vmf.machine.config import MachineConfig
+from vmf.machine.journal import FileJournal
+from vmf.teleport.journal import Entry
+from vmf.teleport.protocol.handover import Note
+from vmf.teleport.protocol.states import Role
 from vmf.testing.faults import Fault, FaultProxy
 from vmf.testing.hosts import Host
+from vmf.transport.base import Address
 
 
 @pytest.fixture
@@ -162,3 +167,52 @@ def test_nothing_in_doubt(hosts: tuple[Host, Host], builtin: MachineConfig) -> N
     running = source.vmf("controlvm", "box", "teleport", "--resolve", "resume")
     assert running.returncode == 1
     assert "no teleport to resolve" in running.stderr
+
+
+def interrupted(source: Host, target: Host, peer: Address) -> None:
+    """As if both processes had died in the handover: what each had written down."""
+    identifier = uuid4().bytes
+    for host, role, note in ((source, Role.SOURCE, Note.HANDED_OVER), (target, Role.TARGET, Note.PROMISED)):
+        FileJournal(host.home, "box").begin(Entry(identifier, role, note, peer))
+
+
+def test_a_target_with_a_password_is_asked_with_it(
+    hosts: tuple[Host, Host], builtin: MachineConfig, tmp_path: Path
+) -> None:
+    source, target = hosts
+    secret = tmp_path / "secret"
+    secret.write_text("eleven herons at dawn\n")
+    secret.chmod(0o600)
+    for host in hosts:
+        host.define(builtin)
+    arguments = ("--teleporter", "on", "--teleporter-address", "localhost", "--teleporter-password-file", str(secret))
+    assert target.vmf("modifyvm", "box", *arguments).returncode == 0
+    started = target.vmf("startvm", "box", "--detach", "--json")
+    interrupted(source, target, Address("tcp", "localhost", int(json.loads(started.stdout)["address"].split(":")[-1])))
+    status = json.loads(source.vmf("controlvm", "box", "teleport", "--status", "--json").stdout)
+    assert status["doubt"]["answer"] == "unreachable"
+    assert "password" in status["doubt"]["said"]
+    assert source.vmf("controlvm", "box", "teleport", "--resolve", "discard").returncode == 1
+    done = source.vmf("controlvm", "box", "teleport", "--resolve", "discard", "--password-file", str(secret))
+    assert done.returncode == 0, done.stderr
+    assert "never arrived" in done.stdout
+    assert source.state("box") == "poweredoff"
+
+
+def test_a_target_behind_tls_is_asked_over_tls(hosts: tuple[Host, Host], builtin: MachineConfig) -> None:
+    """The note says how the target was reached, so nothing has to be given again."""
+    source, target = hosts
+    for host in hosts:
+        host.define(builtin)
+    assert source.vmf("tls", "init").returncode == 0
+    assert source.vmf("tls", "issue", "localhost", "--out", str(target.directory / "tls")).returncode == 0
+    arguments = ("--teleporter", "on", "--teleporter-transport", "tls", "--teleporter-address", "localhost")
+    assert target.vmf("modifyvm", "box", *arguments).returncode == 0
+    started = target.vmf("startvm", "box", "--detach", "--json")
+    port = int(json.loads(started.stdout)["address"].split(":")[-1])
+    interrupted(source, target, Address("tls", "localhost", port, {"tls_dir": str(source.directory / "tls")}))
+    status = source.vmf("controlvm", "box", "teleport", "--status")
+    assert status.returncode == 1
+    assert f"tls:localhost:{port} says that the machine never arrived" in status.stdout
+    plain = source.vmf("controlvm", "box", "teleport", "--status", "--json", "--transport", "tcp")
+    assert json.loads(plain.stdout)["doubt"]["answer"] == "unreachable"

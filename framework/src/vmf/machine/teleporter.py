@@ -126,9 +126,10 @@ class Teleporter:
                 channel.close()
             return machine.summary
         except TeleportUncertain as error:
-            self.doubt = Doubt.of(error, address, before is _S.RUNNING, view, password)
-            machine.set_state(_S.UNCERTAIN)
-            machine.hardware.halt(freeze_time=True)  # however long it takes until somebody decides
+            with machine.operation:  # nobody resolves it halfway
+                self.doubt = Doubt.of(error, address, before is _S.RUNNING, view, password)
+                machine.set_state(_S.UNCERTAIN)
+                machine.hardware.halt(freeze_time=True)  # however long it takes until somebody decides
             raise
         except BaseException:
             if machine.state is going_on[before]:
