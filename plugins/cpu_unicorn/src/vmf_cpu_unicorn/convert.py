@@ -84,6 +84,9 @@ _MSRS_WHEN_USED = {0x17A: at.MCG_STATUS, 0xC0010117: at.VM_HSAVE_PA, 0xD90: at.B
 """MCG_STATUS, VM_HSAVE_PA, IA32_BNDCFGS. No contract has the feature, but the engine lets a guest write them all the
 same: a guest that did finds its value again anywhere, or is refused there by name."""
 _HELD_MSRS = frozenset({*_MSRS_U64, MSR_IA32_SYSENTER_CS, *_MSRS_WHEN_USED, *at.MTRR_INDICES})
+_CARRIED_MSRS = frozenset({0x3B})
+"""TSC_ADJUST: on KVM it follows a guest's writes to its TSC, whether or not the guest's CPUID has it. No contract that
+comes here has, so the guest does not look at it; KVM finds its value again."""
 _MTRRS = struct.Struct(f"<{len(at.MTRR_INDICES)}Q")
 
 CR0_LEGAL = 0xE005003F
@@ -293,12 +296,13 @@ def pack_mtrrs(state: VcpuState) -> bytes:
 
 
 def carried_msrs(state: VcpuState) -> dict[int, int]:
-    """The MSRs of a state that the engine has no place for: at zero they may be carried along. Raises StateError."""
+    """The MSRs of a state that the engine has no place for: at zero they may be carried along, and those that the guest
+    cannot look at. Raises StateError."""
     carried: dict[int, int] = {}
     for index, value in state.msrs.items():
         if index in _HELD_MSRS:
             continue
-        if value:
+        if value and index not in _CARRIED_MSRS:
             raise StateError(
                 f"vCPU state: MSR {index:#x} is {value:#x}; the Unicorn backend does not have that MSR.",
                 "Start the machine with a CPU contract that Unicorn can honour.",
