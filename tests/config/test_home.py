@@ -142,7 +142,7 @@ def test_strange_command_names_do_not_confuse_the_start_time(tmp_path: Path) -> 
     child = subprocess.Popen([str(program), "60"])
     try:
         assert not ProcessRecord(child.pid, 0, "").alive()
-        from vmf.machine.home import boot_id, _start_ticks
+        from vmf.machine.home import _start_ticks, boot_id
 
         ticks = _start_ticks(child.pid)
         assert ticks is not None

@@ -94,6 +94,19 @@ def test_an_interrupted_offer_is_cleared_at_the_next_start(journal, home):
     assert not list(directory_of(home, "box").iterdir())
 
 
+def test_a_machine_that_came_back_is_in_no_doubt(journal, home):
+    begin(journal, Role.SOURCE)
+    journal.mark(ID, Note.HANDED_OVER)
+    back = bytes(16)
+    begin(journal, Role.TARGET, back)
+    journal.flush(back)
+    assert in_doubt(home, "box") is not None, "it has not arrived yet"
+    journal.mark(back, Note.TAKEN)
+    journal.flush(back)
+    assert in_doubt(home, "box") is None
+    assert home.resting_state("box") == "poweredoff"
+
+
 def test_the_target_testifies(journal, home):
     assert journal.testify(ID).answer is Answer.UNKNOWN
     begin(journal, Role.TARGET)

@@ -67,6 +67,12 @@ class FileJournal:
                 os.close(descriptor)
         except OSError as error:
             raise homes.explained(error, path) from error
+        if self.note(teleport_id) is Note.TAKEN:
+            # The machine is here: whatever became of its earlier teleports from here, it came back.
+            for other, entry in _entries(self._directory):
+                if entry.role is Role.SOURCE and entry.note in (Note.OFFERED, Note.HANDED_OVER):
+                    with contextlib.suppress(OSError):
+                        other.unlink()
 
     def erase(self, teleport_id: bytes) -> None:
         path = self._path(teleport_id)
