@@ -34,13 +34,10 @@ CONVERSATION = (
 FULL = os.environ.get("VMF_FAULT_MATRIX") == "full"
 FEW = (
     Fault("kill-source", "READY"),
-    Fault("kill-target", "READY"),
     Fault("kill-source", "HANDOVER"),
     Fault("kill-source-after", "HANDOVER"),
     Fault("kill-target", "HANDOVER"),
     Fault("kill-target", "RUNNING"),
-    Fault("kill-target-after", "RUNNING"),
-    Fault("cut", "PAGES"),
     Fault("cut", "HANDOVER"),
     Fault("cut", "RUNNING"),
     Fault("truncate", "STATE"),
