@@ -402,6 +402,18 @@ def test_pages_outside_ram_are_refused(pair):
     waiting.wait_failure()
 
 
+def test_pages_that_cannot_come_any_more_are_not_waited_for(pair):
+    """Found by fuzzing: a lie about what was sent cost the place for as long as silence may last, here for ever."""
+    target = small(pair, "a2")
+    waiting = pair.wait(target, TargetOptions(idle_timeout_s=100_000.0))
+    channel = raw_session(waiting, *LOGIN, offer(), m.Begin(), m.RoundEnd(1, PAGE_SIZE))
+    last = replies(channel)[-1]
+    assert isinstance(last, m.Error)
+    assert "did not arrive" in last.message
+    waiting.wait_failure()
+    assert not target.runs
+
+
 def test_a_source_that_ignores_the_check_is_refused(pair):
     target = small(pair, "a2")
     waiting = pair.wait(target)

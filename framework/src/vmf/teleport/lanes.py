@@ -176,6 +176,12 @@ class Joiners:
         """An additional channel may still join."""
         return self._places > 0
 
+    @property
+    def any_joined(self) -> bool:
+        """There is an additional channel; the source sends no pages before it has all that it wants."""
+        with self._guard:
+            return bool(self._links)
+
     def admit(self, link: Link, message: m.Join) -> bool:
         """Let the channel join; False when it has no right to. A joined one is ours from then on."""
         with self._guard:

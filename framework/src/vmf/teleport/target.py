@@ -524,8 +524,10 @@ class _Session:
 
     def _await_pages(self, sent: int) -> None:
         """All pages that the source has sent, over all channels, are in RAM."""
+        # What came over the first channel is here: without another one there is nothing to wait for.
+        patience = self._options.idle_timeout_s if self.joiners.any_joined else 0.0
         try:
-            self._ram.arrival.wait(sent, self._options.idle_timeout_s)
+            self._ram.arrival.wait(sent, patience)
         except VmfError:
             # A source that gives up closes its additional channels first: its reason may be waiting for us.
             self._channel.set_timeout(0.5)
