@@ -258,7 +258,6 @@ def selfcheck() -> Found:
     return compiled("selfcheck")
 
 
-@functools.cache
 def compiled(program: str) -> Found:
     """One of the C programs in `guest/`, compiled statically, again when it changes."""
     source = _HERE / f"{program}.c"
