@@ -18,7 +18,7 @@ def test_a_number_is_a_level_too() -> None:
 
 
 def test_everything_survives_the_file() -> None:
-    cpuid = CpuidConfig("auto", ("aes", "cpuid-7.1-ecx-31"), ("rdrand",), ("a:1", "[::1]:65535"))
+    cpuid = CpuidConfig("auto", ("aes", "cpuid-7.1-ecx-31"), ("rdrand",), ("a:1", "[::1]:65535"), "AuthenticAMD")
     config = MachineConfig("web", 8, cpuid=cpuid)
     assert parse(dump(config), "test") == config
 
@@ -34,6 +34,8 @@ def test_everything_survives_the_file() -> None:
         ('set = ["avx3"]\nremove = ["aes"]\npeers = ["x"]', ["cpuid.set", "cpuid.peers"]),
         ('set = ["sse3"]\nremove = ["pni"]', ["cpuid.set"]),
         ("level = 3", ["cpuid.level"]),
+        ('vendor = "AuthenticIntel"', ["cpuid.vendor"]),
+        ("vendor = 5", ["cpuid.vendor"]),
         ('portability_level = "auto"', ["cpuid.portability_level"]),
         ('peers = ["host:65536"]', ["cpuid.peers"]),
         ('peers = ["host:\u0663"]', ["cpuid.peers"]),
