@@ -12,7 +12,6 @@ thread of `vmf.machine.hardware`. A teleport runs on the thread that asked for i
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,14 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from vmf.cpu.backend import CpuBackend, ExitReason, VmExit
 from vmf.errors import (
-    ImageError,
     InvalidStateError,
     LeaseLost,
     MachineError,
     TeleportError,
     VmfError,
 )
-from vmf.machine import boot
 from vmf.machine.config import MachineConfig
 from vmf.machine.console import SerialConsole
 from vmf.machine.contract import (
@@ -42,9 +39,11 @@ from vmf.machine.contract import (
 )
 from vmf.machine.hardware import Hardware
 from vmf.machine.memory import GuestMemory
+from vmf.machine.startup import Startup
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
 from vmf.machine.storage import MachineStorage
 from vmf.machine.teleporter import ProgressListener, Teleporter
+from vmf.machine.tracing import Tracing
 from vmf.plugins.bridge import PluginRegistry
 from vmf.teleport.journal import Journal, MemoryJournal
 from vmf.transport.base import Address
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
     from vmf.machine.doubt import Doubt
     from vmf.machine.snapshot import SnapshotInfo, SnapshotStore
     from vmf.machine.switch import SwitchSummary
-    from vmf.machine.trace import TraceSession, TraceSummary
+    from vmf.machine.trace import TraceSummary
     from vmf.teleport.check import Blocker
     from vmf.teleport.progress import TeleportSummary
 
@@ -97,8 +96,8 @@ class Machine:
         self.journal: Journal = MemoryJournal(config.name)
         """Where its teleports are written down; replace it before the first one."""
         self._teleporter = Teleporter(self)
-        self._trace: TraceSession | None = None
-        self._digests: dict[tuple[str, int, int], str] = {}
+        self.tracing = Tracing(self)
+        self._startup = Startup(config)
 
     def __enter__(self) -> Machine:
         return self
@@ -146,7 +145,7 @@ class Machine:
                 "cpu_seconds": round(hardware.thread.run_seconds, 3),
                 "tsc_khz": hardware.tsc_khz,
                 "devices": [kind for kind, _ in hardware.device_keys()],
-                "tracing": self._trace is not None,
+                "tracing": self.tracing.under_way,
                 "drives": self.storage.info(),
             }
             if self.contract_origin is not None:
@@ -160,30 +159,7 @@ class Machine:
 
     def boot_digest(self) -> dict[str, str]:
         """What a reset would start: SHA-256 of the images and the command line, by option name."""
-        digests = {
-            key: self._digest(path)
-            for key in ("kernel", "initrd", "image")
-            if (path := getattr(self.config, key)) is not None
-        }
-        if self.config.kernel is not None:
-            digests["cmdline"] = self._cmdline()
-        return digests
-
-    def _digest(self, path: Path) -> str:
-        try:
-            status = path.stat()
-            key = (str(path), status.st_mtime_ns, status.st_size)
-            if key not in self._digests:
-                with path.open("rb") as file:
-                    self._digests[key] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-            return self._digests[key]
-        except OSError as error:
-            raise ImageError(
-                f"cannot read {path}: {error.strerror}.", f"Put it back, or change machine {self.name} with modifyvm."
-            ) from error
-
-    def _cmdline(self) -> str:
-        return self.config.cmdline or boot.default_cmdline()
+        return self._startup.digests()
 
     # -- state
 
@@ -316,23 +292,7 @@ class Machine:
         self._fail(str(error))
 
     def _load(self, memory: GuestMemory) -> VcpuState:
-        config = self.config
-        khz = self.hardware.tsc_khz
-        if config.kernel is not None:
-            if boot.identify(config.kernel, "kernel") is boot.ImageKind.FLAT:
-                raise ImageError(
-                    f"kernel {config.kernel} is neither a Linux kernel nor an ELF image.",
-                    f"Give a bzImage or vmlinux; a flat bare-metal image is started with "
-                    f"`vmf modifyvm {self.name} --image FILE`.",
-                )
-            tell = self.hardware.cpuid.vendor != "GenuineIntel"
-            return boot.load_guest(memory, config.kernel, config.initrd, config.cmdline or None, khz, tell_tsc=tell)
-        if config.image is not None:
-            return boot.load_image(memory, config.image, khz)
-        raise ImageError(
-            f"machine {self.name} has nothing to start.",
-            f"Give it a kernel with `vmf modifyvm {self.name} --kernel FILE`.",
-        )
+        return self._startup.load(memory, self.hardware.tsc_khz, vendor=self.hardware.cpuid.vendor)
 
     # -- running
 
@@ -413,8 +373,7 @@ class Machine:
     def _fail(self, why: str) -> None:
         self.failure = why
         self._teleporter.request_cancel()
-        if self._trace is not None:
-            self._trace.cancel("the machine failed")
+        self.tracing.cancel(wait=False, reason="the machine failed")
         if self._state in RUNNABLE:
             self.set_state(_S.FAILED)
 
@@ -487,8 +446,8 @@ class Machine:
         with self.operation:
             if self._state not in (_S.RUNNING, _S.PAUSED):
                 raise self.illegal("switched to another CPU backend", "running or paused")
-            self.refuse_while_traced("switched to another CPU backend")
-            hardware, level = self.hardware, self._level()
+            self.tracing.refuse("switched to another CPU backend")
+            hardware, level = self.hardware, self.level
             if name == "auto":
                 backend = self.registry.choose_cpu_backend(
                     name, lambda other: "; ".join(map(str, switch.find_blockers(self.name, hardware, other, level)))
@@ -521,53 +480,16 @@ class Machine:
         Raises InvalidStateError unless running, BackendUnavailable or TeleportBlocked when no backend can trace this
         machine, MachineError when the file cannot be written.
         """
-        from vmf.machine.trace import TraceSession, choose_tracer
-
-        if instructions < 1:
-            raise MachineError(f"a trace of {instructions} instructions is none.", "Ask for at least one.")
-        with self.operation:
-            if self._state is not _S.RUNNING:
-                raise self.illegal("traced", "running")
-            self.refuse_while_traced("traced")
-            hardware = self.hardware
-            tracer = choose_tracer(self.registry, self.name, hardware, self._level())
-            session = TraceSession(self.name, hardware, tracer, instructions, Path(output), json_lines)
-            try:
-                session.begin()
-            except BaseException:
-                session.close()
-                raise
-            self._trace = session
-        try:
-            try:
-                session.write(progress)
-            finally:
-                session.end()
-            return session.finish(progress)
-        finally:
-            self._trace = None
-            session.done.set()
-            session.close()
+        return self.tracing.run(instructions, Path(output), json_lines, progress)
 
     def cancel_trace(self, *, wait: bool = False, reason: str = "cancelled") -> bool:
         """End a trace under way; False when there is none."""
-        session = self._trace
-        if session is None:
-            return False
-        session.cancel(reason)
-        if wait:
-            session.done.wait(30)
-        return True
+        return self.tracing.cancel(wait=wait, reason=reason)
 
-    def _level(self) -> int:
+    @property
+    def level(self) -> int:
+        """Portability level of the CPUID contract in force; 0 while there is none."""
         return 0 if self.contract_origin is None else self.contract_origin.number
-
-    def refuse_while_traced(self, action: str) -> None:
-        if self._trace is not None:
-            raise InvalidStateError(
-                f"machine {self.name} is being traced and cannot be {action} now.",
-                f"Wait for it, or cancel it with `vmf controlvm {self.name} trace --cancel`.",
-            )
 
     # -- teleports
 

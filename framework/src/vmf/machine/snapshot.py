@@ -199,7 +199,7 @@ def take(
         before = machine.state
         if before not in (MachineState.RUNNING, MachineState.PAUSED):
             raise machine.illegal("snapshotted", "running or paused")
-        machine.refuse_while_traced("snapshotted")
+        machine.tracing.refuse("snapshotted")
         with store.new(name) as directory:
             hardware, running = machine.hardware, before is MachineState.RUNNING
             machine.storage.flush()  # most of it while the guest still runs

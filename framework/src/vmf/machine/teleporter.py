@@ -104,7 +104,7 @@ class Teleporter:
             before = machine.state
             if before not in going_on:
                 raise machine.illegal("teleported", "running or paused")
-            machine.refuse_while_traced("teleported")
+            machine.tracing.refuse("teleported")
             cancel = self._cancel = threading.Event()
             self._done.clear()
             machine.set_state(going_on[before])
