@@ -38,8 +38,10 @@ def ticks(rig: Any, kit: Any) -> int:
     return int.from_bytes(rig.memory.read(kit.TICKS_AT, 8), "little")
 
 
-def start(rig: Any, kit: Any, code: bytes = b"") -> Any:
-    rig.load(code or kit.WORKLOAD)
+def start(rig: Any, kit: Any, *, avx: bool = False) -> Any:
+    rig.load(kit.WORKLOAD_AVX if avx else kit.WORKLOAD)
+    if avx:
+        rig.vcpu.restore(kit.changed(kit.entry_state(rig.tsc_khz), xcr0=7, cr4=0x40620))
     return kit.Workload(rig)
 
 
@@ -52,9 +54,9 @@ def move(here: Any, there: Any) -> VcpuState:
     return state
 
 
-def go_round(route: list[Any], rounds: int, kit: Any, code: bytes = b"") -> None:
+def go_round(route: list[Any], rounds: int, kit: Any, *, avx: bool = False) -> None:
     """Run the workload on one vCPU after the other, leaving each at a random instant after at least one output."""
-    workload = start(route[0], kit, code)
+    workload = start(route[0], kit, avx=avx)
     for leg in range(rounds * len(route)):
         rig, following = route[leg % len(route)], route[(leg + 1) % len(route)]
         workload.attach(rig)
@@ -118,7 +120,7 @@ def test_ten_rounds_with_avx(make_rig: Any, kit: Any, kvm: CpuBackend) -> None:
     if "avx" not in {item.name for item in features_of(contract)}:
         pytest.skip("this host's KVM does not present AVX")
     one = make_rig(contract=contract)
-    go_round([one, make_rig(contract=contract, memory=one.memory)], 10, kit, kit.WORKLOAD_AVX)
+    go_round([one, make_rig(contract=contract, memory=one.memory)], 10, kit, avx=True)
 
 
 def test_guest_tsc_goes_on(make_rig: Any, kit: Any, pvm: bool) -> None:

@@ -6,8 +6,8 @@
 # Ring 3 computes xorshift64* twice, in general registers and in SSE2, and an x87 running sum; every 256 rounds it
 # writes the low 32 bits to MMIO 0xE00005E0, and the same out of SSE to the next one. A mismatch between the two, or of
 # what survives in other registers, is reported at 0xE00005E8. (Neither OUT nor INT works from ring 3 on PVM.) Interrupts
-# (vector 0x40) count at 0x14000. With AVX the generator runs a third time in the upper half of YMM8, and every other
-# upper half holds what it was given.
+# (vector 0x40) count at 0x14000. With AVX (CR4.OSXSAVE and XCR0 are set at entry) the generator runs a third time in the
+# upper half of YMM8, and every other upper half holds what it was given.
         .code64
         .set    IDT, 0x12000
         .set    TICKS, 0x14000
@@ -21,15 +21,6 @@ start:  lea     tick(%rip), %rax
         mov     %ax, 6(%rdi)
         movl    $0, 8(%rdi)
         lidt    idtr(%rip)
-        .ifdef  AVX
-        mov     %cr4, %rax
-        or      $0x40000, %eax          # OSXSAVE
-        mov     %rax, %cr4
-        xor     %ecx, %ecx
-        xor     %edx, %edx
-        mov     $7, %eax                # x87, SSE, AVX
-        xsetbv
-        .endif
         pushq   $0x23                   # SS
         pushq   $0x18000                # RSP
         pushq   $0x202                  # IF
