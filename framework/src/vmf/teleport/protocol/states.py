@@ -159,6 +159,7 @@ def _build() -> dict[tuple[Phase, Role, Event], Phase]:
 TABLE = _build()
 """(phase, who says or notices it, what) -> next phase. Whatever is not here is illegal."""
 
+
 class SourceOutcome(enum.Enum):
     """What became of the machine, as the source knows it."""
 
