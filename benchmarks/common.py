@@ -105,26 +105,44 @@ class MemoryWatch:
         return self._peak - self._ram
 
 
-def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20) -> float:
-    """Bytes per second of a plain Python socket pair over loopback TCP between two processes: the ceiling."""
+def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20, *, pairs: int = 1) -> float:
+    """Bytes per second of plain Python socket pairs over loopback TCP between processes: the ceiling.
+
+    Nothing is allocated and the same piece is sent and received over and over, so it is a generous one.
+    """
+    share = total_bytes // pairs
     listener = socket.create_server(("127.0.0.1", 0))
-    child = os.fork()
-    if child == 0:
-        peer = socket.create_connection(listener.getsockname())
-        data = memoryview(os.urandom(piece))
-        for _ in range(total_bytes // piece):
-            peer.sendall(data)
-        peer.recv(1)
-        os._exit(0)
-    channel, _ = listener.accept()
-    buffer = bytearray(piece)
-    channel.recv_into(buffer, 1)
+    children = []
+    for _ in range(pairs):
+        child = os.fork()
+        if child == 0:
+            peer = socket.create_connection(listener.getsockname())
+            data = memoryview(os.urandom(piece))
+            peer.recv(1)
+            for _ in range(share // piece):
+                peer.sendall(data)
+            peer.recv(1)
+            os._exit(0)
+        children.append(child)
+    channels = [listener.accept()[0] for _ in range(pairs)]
+
+    def drain(channel: socket.socket) -> None:
+        buffer = bytearray(piece)
+        channel.sendall(b"x")
+        left = share
+        while left:
+            left -= channel.recv_into(buffer)
+
     started = time.perf_counter()
-    received = 1
-    while received < total_bytes:
-        received += channel.recv_into(buffer)
+    threads = [threading.Thread(target=drain, args=(channel,)) for channel in channels]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     elapsed = time.perf_counter() - started
-    channel.close()
+    for channel in channels:
+        channel.close()
     listener.close()
-    os.waitpid(child, 0)
+    for child in children:
+        os.waitpid(child, 0)
     return total_bytes / elapsed
