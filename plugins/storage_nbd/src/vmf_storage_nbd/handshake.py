@@ -38,10 +38,10 @@ class Refused(StorageError):
     """The server turned an option down.
 
     Attributes:
-        reply: the reply's type.
+        reply: the reply's type, 0 where it is not known.
     """
 
-    def __init__(self, message: str, remedy: str, reply: int) -> None:
+    def __init__(self, message: str, remedy: str = "", reply: int = 0) -> None:
         super().__init__(message, remedy)
         self.reply = reply
 
