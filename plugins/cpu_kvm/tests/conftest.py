@@ -6,7 +6,6 @@ can be carried into the KVM lab. Everything that needs /dev/kvm is skipped, with
 
 from __future__ import annotations
 
-import os
 import struct
 import sys
 import threading
@@ -262,29 +261,30 @@ class Kicks:
         self._thread.join()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kvm() -> Iterator[CpuBackend]:
-    """The KVM backend, trusted: small guests work on any KVM. Skips when there is no KVM."""
+    """The KVM backend, trusted: small guests work on any KVM. Skips when there is no KVM.
+
+    For a module only: other modules' tests in the same process choose a backend as users do.
+    """
     from vmf_cpu_kvm.backend import TRUST_VARIABLE, KvmBackend
 
-    before = os.environ.get(TRUST_VARIABLE)
-    os.environ[TRUST_VARIABLE] = "1"
-    sys.setswitchinterval(0.0005)  # as vmf.machine.vcpu_thread does
-    backend = KvmBackend()
-    try:
-        backend.tsc_khz()
-    except BackendUnavailable as error:
-        pytest.skip(f"no usable KVM: {error}")
-    try:
-        yield backend
-    finally:
-        if before is None:
-            del os.environ[TRUST_VARIABLE]
-        else:
-            os.environ[TRUST_VARIABLE] = before
+    interval = sys.getswitchinterval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TRUST_VARIABLE, "1")
+        sys.setswitchinterval(0.0005)  # as vmf.machine.vcpu_thread does
+        backend = KvmBackend()
+        try:
+            backend.tsc_khz()
+        except BackendUnavailable as error:
+            pytest.skip(f"no usable KVM: {error}")
+        try:
+            yield backend
+        finally:
+            sys.setswitchinterval(interval)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pvm(kvm: CpuBackend) -> bool:
     """Whether this is a KVM that fails the self-test: a few exact semantics are not to be had of it."""
     from vmf_cpu_kvm import selftest

@@ -116,7 +116,8 @@ def test_capability_promises_nothing_of_what_the_machine_lacks(kvm: CpuBackend) 
     assert "osxsave" not in names
     assert not [leaf for leaf, _ in capability.entries if 0x40000000 <= leaf < 0x80000000]
     khz = kvm.tsc_khz()
-    assert capability.lookup(0x15, 0) == CpuidRegisters(1, 2, khz * 500, 0)
+    told = capability.lookup(0x15, 0)
+    assert 0 <= khz * 1000 - told.ecx * told.ebx // told.eax < told.ebx  # the ratio is greater on an emulated host
     assert kvm.tsc_khz_supported(khz)
     assert not kvm.tsc_khz_supported(0)
 
