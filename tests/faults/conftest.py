@@ -17,19 +17,17 @@ def builtin() -> MachineConfig:
     return MachineConfig(name="box", memory_mib=16, image=guests.builtin_guest(), cpu_backend="unicorn")
 
 
-ROWS: list[Row] = []
-
-
-@pytest.fixture
-def matrix() -> list[Row]:
-    """Where a cell puts its row."""
-    return ROWS
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not ROWS:
+    """From the reports, so that it is whole when several processes ran the cells."""
+    rows: list[Row] = [
+        tuple(row)
+        for report in terminalreporter.stats.get("passed", [])
+        for name, row in getattr(report, "user_properties", ())
+        if name == "matrix"
+    ]
+    if not rows:
         return
-    terminalreporter.section(f"fault matrix: {len(ROWS)} cells, none with two running machines")
-    widths = [max(len(row[column]) for row in (HEAD, *ROWS)) for column in range(4)]
-    for row in (HEAD, tuple("-" * width for width in widths), *ROWS):
+    terminalreporter.section(f"fault matrix: {len(rows)} cells, none with two running machines")
+    widths = [max(len(row[column]) for row in (HEAD, *rows)) for column in range(4)]
+    for row in (HEAD, tuple("-" * width for width in widths), *rows):
         terminalreporter.line("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |")

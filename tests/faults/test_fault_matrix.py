@@ -4,7 +4,11 @@ A cell is a fault at a message. The guest counts ticks on its console, so that t
 when they ran side by side for a moment only: the same tick would come from both. After the fault every cell asks both
 sides, checks the rule, and recovers with one command: `teleport --resolve`, or a start where nothing is in doubt.
 
-The ordinary run has the cells around the handover and a few before; `VMF_FAULT_MATRIX=full` runs all of them.
+The same over TLS: the proxy ends TLS at both sides, so that each process has a live TLS connection, and does its harm
+to encrypted records.
+
+The ordinary run has the cells around the handover and a few before; `VMF_FAULT_MATRIX=full` runs all of them over TCP,
+and `VMF_FAULT_MATRIX=tls` all over TLS.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +35,7 @@ CONVERSATION = (
     "HELLO", "WELCOME", "AUTHENTICATE", "AUTHENTICATED", "OFFER", "CHECKED", "PING", "PONG", "BEGIN", "PAGES",
     "ROUND_END", "ROUND_ACK", "PAUSED", "STATE", "READY", "HANDOVER", "RUNNING", "DONE",
 )  # fmt: skip
-FULL = os.environ.get("VMF_FAULT_MATRIX") == "full"
+WHICH = os.environ.get("VMF_FAULT_MATRIX", "few")
 FEW = (
     Fault("kill-source", "READY"),
     Fault("kill-source", "HANDOVER"),
@@ -47,7 +51,18 @@ FEW = (
     Fault("drop", "HANDOVER"),
     Fault("delay", "RUNNING"),
 )
-CELLS = [Fault(kind, name) for kind in KINDS if kind != "pass" for name in CONVERSATION] if FULL else FEW
+FEW_TLS = (
+    Fault("cut", "HANDOVER"),
+    Fault("truncate", "HANDOVER"),
+    Fault("cut", "RUNNING"),
+    Fault("kill-source-after", "HANDOVER"),
+    Fault("kill-target", "RUNNING"),
+)
+ALL = tuple(Fault(kind, name) for kind in KINDS if kind != "pass" for name in CONVERSATION)
+CELLS = [
+    *(("tcp", fault) for fault in {"few": FEW, "full": ALL}.get(WHICH, ())),
+    *(("tls", fault) for fault in {"few": FEW_TLS, "tls": ALL}.get(WHICH, ())),
+]
 TICK = re.compile(rb"tick (\d+) [0-9a-f]{8}\r?\n")
 
 
@@ -70,7 +85,11 @@ class Cell:
     def teleport(self) -> None:
         try:
             with self.source.client("box") as client:
-                client.teleport("127.0.0.1", self.proxy.port)
+                tls = self.proxy.tls
+                options = {} if tls is None else {"tls_dir": str(self.source.directory / "tls")}
+                client.teleport(
+                    "127.0.0.1", self.proxy.port, transport="tcp" if tls is None else "tls", options=options
+                )
         except VmfError as error:
             self.error = error
 
@@ -171,7 +190,7 @@ class Cell:
                 with pytest.raises(TeleportError, match="cannot be asked"):
                     client.resolve_teleport("resume")
                 # Its machine waits again, and reads what the dead process wrote down.
-                self.proxy.target = self.target.wait("box")
+                self.proxy.target = wait(self.target, self.proxy.tls)
                 status = client.teleport_status(ask=True)["doubt"]
                 assert status["answer"] in ("never", "ended")
             self.then.append(f"asked: {status['answer']}")
@@ -221,21 +240,40 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
         yield source, target
 
 
-def prepare(hosts: tuple[Host, Host], builtin: MachineConfig) -> int:
+def wait(target: Host, tls: Path | None) -> int:
+    """Have the machine wait there; its port."""
+    return target.wait("box") if tls is None else target.wait("box", transport="tls", tls_dir=tls)
+
+
+def certificates(source: Host, target: Host) -> Path:
+    """Of both hosts; the target's directory, which the proxy uses as well."""
+    directory = target.directory / "tls"
+    for command in (
+        ("tls", "init", "--name", "127.0.0.1"),
+        ("tls", "issue", "127.0.0.1", "--out", str(directory)),
+    ):
+        done = source.vmf(*command)
+        assert done.returncode == 0, done.stderr
+    return directory
+
+
+def prepare(hosts: tuple[Host, Host], builtin: MachineConfig, tls: Path | None) -> int:
     """A running source and a waiting target; its port."""
     source, target = hosts
     for host in hosts:
         host.define(builtin)
     with ThreadPoolExecutor() as both:
-        started, port = both.submit(source.start, "box"), both.submit(target.wait, "box")
+        started, port = both.submit(source.start, "box"), both.submit(wait, target, tls)
         started.result()
         source.wait_for_output("box", b"tick 2 ")
         return port.result()
 
 
-def test_the_matrix_names_every_message(hosts: tuple[Host, Host], builtin: MachineConfig) -> None:
+@pytest.mark.parametrize("transport", ["tcp", "tls"])
+def test_the_matrix_names_every_message(transport: str, hosts: tuple[Host, Host], builtin: MachineConfig) -> None:
     """An undisturbed teleport through the proxy says exactly what the matrix is about."""
-    with FaultProxy(prepare(hosts, builtin)) as proxy:
+    tls = certificates(*hosts) if transport == "tls" else None
+    with FaultProxy(prepare(hosts, builtin, tls), tls=tls) as proxy:
         cell = Cell(*hosts, proxy)
         cell.teleport()
         assert cell.error is None
@@ -244,14 +282,21 @@ def test_the_matrix_names_every_message(hosts: tuple[Host, Host], builtin: Machi
         assert check(hosts[0].output("box") + hosts[1].output("box")).problems == ()
 
 
-@pytest.mark.parametrize("fault", CELLS, ids=str)
+@pytest.mark.parametrize(("transport", "fault"), CELLS, ids=str)
 def test_never_two(
-    fault: Fault, hosts: tuple[Host, Host], builtin: MachineConfig, matrix: list[tuple[str, str, str, str]]
+    transport: str,
+    fault: Fault,
+    hosts: tuple[Host, Host],
+    builtin: MachineConfig,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    with FaultProxy(prepare(hosts, builtin), fault) as proxy:
+    tls = certificates(*hosts) if transport == "tls" else None
+    with FaultProxy(prepare(hosts, builtin, tls), fault, tls=tls) as proxy:
         cell = Cell(*hosts, proxy)
         cell.teleport()
         assert proxy.happened.wait(5), f"the fault did not happen; seen: {proxy.seen}"
         source, target = cell.judge()
+        if fault.kind == "flip" and fault.message != "DONE":
+            assert source != "teleported", "what was altered was taken"
         cell.recover(source, target)
-        matrix.append((str(fault), source, target, ", ".join(cell.then) or "goes on"))
+        record_property("matrix", (f"{fault} ({transport})", source, target, ", ".join(cell.then) or "goes on"))

@@ -6,7 +6,8 @@
 Theory of operation. The first connection is the teleport; its frames are cut out of the byte stream in both directions
 and passed on one at a time, so a fault happens at a message and not at whatever a `recv` returned. Later connections
 (other lanes of the teleport, questions) are passed on as they come. Messages are named as in the protocol's tables; the
-n-th one of a name is meant, because rounds and keep-alives repeat.
+n-th one of a name is meant, because rounds and keep-alives repeat. Inside TLS (`tls`) the harm is done to the encrypted
+records of the message (`vmf.testing.wires`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 
 from attrs import define, field, frozen
@@ -23,8 +25,8 @@ from attrs import define, field, frozen
 from vmf.errors import VmfError
 from vmf.teleport.protocol import frames
 from vmf.teleport.protocol import messages as m
+from vmf.testing.wires import CHUNK, Wire, wires
 
-CHUNK = 1 << 18
 DELAY_S = 0.3
 SOURCE, TARGET = "source", "target"
 
@@ -71,6 +73,8 @@ class FaultProxy:
         kill: called with "source" or "target" where that side shall die; returns when it is dead.
         seen: (side that said it, name) of every frame that came, in order.
         happened: set when the fault was done.
+        deaf: connections are refused: nobody can be asked.
+        tls: the teleport is one over TLS; a directory with certificates of both kinds that both sides trust.
     """
 
     target: int
@@ -79,7 +83,7 @@ class FaultProxy:
     seen: list[tuple[str, str]] = field(factory=list)
     happened: threading.Event = field(factory=threading.Event)
     deaf: bool = False
-    """Connections are refused: nobody can be asked."""
+    tls: Path | None = None
     _listener: socket.socket = field(init=False)
     _first: bool = True
     _count: dict[str, int] = field(factory=dict)
@@ -131,21 +135,26 @@ class FaultProxy:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._open += [near, far]
-                pump, self._first = (self._frames if self._first else self._bytes), False
-            for side, source, sink in ((SOURCE, near, far), (TARGET, far, near)):
+                first, self._first = self._first, False
+            try:
+                ends = wires(near, far, self.tls if first else None)
+            except (OSError, EOFError):
+                self.cut()
+                continue
+            pump = self._frames if first else self._bytes
+            for side, source, sink in ((SOURCE, *ends), (TARGET, *reversed(ends))):
                 threading.Thread(target=pump, args=(side, source, sink), name=f"proxy-{side}", daemon=True).start()
 
-    def _bytes(self, side: str, source: socket.socket, sink: socket.socket) -> None:
+    def _bytes(self, side: str, source: Wire, sink: Wire) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(CHUNK):
-                sink.sendall(data)
+                sink.send(data)
         _end(source, sink)
 
     # One direction of the teleport
 
-    def _frames(self, side: str, source: socket.socket, sink: socket.socket) -> None:
-        held: _Frame | None = None
-        held_bulk = b""
+    def _frames(self, side: str, source: Wire, sink: Wire) -> None:
+        held = b""
         with contextlib.suppress(OSError, EOFError, VmfError):
             for frame in _read_frames(source):
                 self.seen.append((side, frame.name))
@@ -153,28 +162,23 @@ class FaultProxy:
                     number = self._count[frame.name] = self._count.get(frame.name, 0) + 1
                 struck = frame.name == self.fault.message and number == self.fault.nth
                 if struck and self.fault.kind == "swap":
-                    held, held_bulk = frame, _read(source, frame.bulk)
+                    held = sink.encode(frame.data + _read(source, frame.bulk))
                     self.happened.set()
-                    source.settimeout(1.0)  # if nothing follows, late is all that it can be
-                    try:
-                        source.recv(1, socket.MSG_PEEK)
-                    except TimeoutError:
-                        sink.sendall(held.data + held_bulk)
-                        held = None
-                    source.settimeout(None)
+                    if not source.wait(1.0):  # if nothing follows, late is all that it can be
+                        sink.socket.sendall(held)
+                        held = b""
                     continue
                 if struck and not self._strike(frame, source, sink):
                     continue
-                sink.sendall(frame.data)
-                _splice(source, sink, frame.bulk)
+                _splice(source, sink, frame)
                 if struck:
                     self._aftermath(frame)
-                if held is not None:
-                    sink.sendall(held.data + held_bulk)
-                    held = None
+                if held:
+                    sink.socket.sendall(held)
+                    held = b""
         _end(source, sink)
 
-    def _strike(self, frame: _Frame, source: socket.socket, sink: socket.socket) -> bool:
+    def _strike(self, frame: _Frame, source: Wire, sink: Wire) -> bool:
         """Before the frame is passed on; whether it is passed on by the caller."""
         kind = self.fault.kind
         if kind in ("kill-source", "kill-target"):
@@ -187,25 +191,22 @@ class FaultProxy:
             self.happened.set()
             self.cut()
             raise EOFError
-        elif kind == "truncate":
-            data = frame.data + _read(source, min(frame.bulk, 1000))
-            sink.sendall(data[: max(1, len(data) // 2)])
-            self.happened.set()
-            self.cut()
-            raise EOFError
-        elif kind == "drop":
-            _read(source, frame.bulk)
+        elif kind in ("truncate", "drop", "duplicate", "flip"):
+            bulk = _read(source, min(frame.bulk, 1000) if kind == "truncate" else frame.bulk)
+            data = sink.encode(frame.data) + sink.encode(bulk)
+            if kind == "truncate":
+                sink.socket.sendall(data[: max(1, len(data) // 2)])
+                self.happened.set()
+                self.cut()
+                raise EOFError
+            if kind == "duplicate":
+                sink.socket.sendall(data + data)
+            elif kind == "flip":
+                spoiled = bytearray(data)
+                spoiled[len(data) - len(bulk) - 1 if self.tls is None else -1] ^= 0x10
+                sink.socket.sendall(spoiled)
             self.happened.set()
             return False
-        elif kind == "duplicate":
-            bulk = _read(source, frame.bulk)
-            self.happened.set()
-            sink.sendall((frame.data + bulk) * 2)
-            return False
-        elif kind == "flip":
-            spoiled = bytearray(frame.data)
-            spoiled[-1] ^= 0x10  # the body's last byte, or the checksum's
-            frame.data = bytes(spoiled)
         if not kind.endswith("-after"):
             self.happened.set()
         return True
@@ -222,7 +223,7 @@ class FaultProxy:
         self.happened.set()
 
 
-def _read_frames(source: socket.socket) -> Iterator[_Frame]:
+def _read_frames(source: Wire) -> Iterator[_Frame]:
     """Frames as they come; the caller reads the bulk of each before the next."""
     while True:
         head = _read(source, frames.HEADER_SIZE)
@@ -233,7 +234,7 @@ def _read_frames(source: socket.socket) -> Iterator[_Frame]:
         yield _Frame(kind.word(), head + body, bulk)
 
 
-def _read(source: socket.socket, count: int) -> bytes:
+def _read(source: Wire, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
         more = source.recv(min(CHUNK, count - len(data)))
@@ -243,16 +244,18 @@ def _read(source: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
-def _splice(source: socket.socket, sink: socket.socket, count: int) -> None:
+def _splice(source: Wire, sink: Wire, frame: _Frame) -> None:
+    sink.send(frame.data)
+    count = frame.bulk
     while count:
         data = source.recv(min(CHUNK, count))
         if not data:
             raise EOFError
-        sink.sendall(data)
+        sink.send(data)
         count -= len(data)
 
 
-def _end(*ends: socket.socket) -> None:
+def _end(*ends: Wire) -> None:
     for end in ends:
         with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
+            end.socket.shutdown(socket.SHUT_RDWR)
