@@ -85,9 +85,7 @@ def test_baseline(here: Any, files: dict[str, Path]) -> None:
     answer = json.loads(here("cpuid", "baseline", files["haswell"], files["nehalem"], "--json").stdout)
     assert answer["level_name"] == "x86-64-v2"
     assert answer["command"].endswith("--cpuid-portability-level 3")
-    assert "this host (unicorn)" in here(
-        "cpuid", "baseline", files["milan"], "--here", "--backend", "unicorn"
-    ).stdout
+    assert "this host (unicorn)" in here("cpuid", "baseline", files["milan"], "--here", "--backend", "unicorn").stdout
     refused = here("cpuid", "baseline", files["milan"], files["haswell"], status=1).stdout
     assert "different vendors: AuthenticAMD, GenuineIntel" in refused
 

@@ -66,9 +66,7 @@ def test_errors_arrive_as_the_same_class(client: ControlClient) -> None:
     assert caught.value.remedy == "Do something else."
     with pytest.raises(TeleportBlocked) as blocked:
         client.teleport("blocked", 1)
-    assert [str(blocker) for blocker in blocked.value.blockers] == [
-        "memory: 1 at the source, 2 at the target. Set it."
-    ]
+    assert [str(blocker) for blocker in blocked.value.blockers] == ["memory: 1 at the source, 2 at the target. Set it."]
     with pytest.raises(VmfError, match="ZeroDivisionError"):
         client.reset()
     assert client.info()["state"] == "running"
@@ -126,7 +124,7 @@ def test_teleport_goes_on_when_its_client_has_gone(home: Home, server: ControlSe
         time.sleep(0.1)
         assert other.info()["state"] == "teleporting"
         assert other.cancel_teleport()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while machine.state != "running":
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -145,14 +143,14 @@ def test_subscribers_get_every_change_and_teleport(home: Home, client: ControlCl
 
     thread = threading.Thread(target=listen)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not seen and time.monotonic() < deadline:  # until the subscription stands
         client.pause()
         client.resume()
         time.sleep(0.01)
     subscribed.set()
     client.teleport("there", 1)
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     rounds = [event["progress"]["round"] for event in seen if event["event"] == "teleport"]
     assert rounds == [1, 2, 3]
@@ -233,7 +231,7 @@ def test_answer_to_poweroff_leaves_before_the_end(home: Home, machine: Any) -> N
         ended.start()
         with ControlClient.of(home, "vm") as client:
             client.power_off()
-            ended.join(10)
+            ended.join(60)
             with pytest.raises(ControlError, match="ended the connection"):
                 client.info()
         assert not paths.control_socket.exists()
@@ -259,7 +257,7 @@ def test_no_descriptors_are_left(home: Home, server: ControlServer) -> None:
     for _ in range(20):
         with ControlClient.of(home, "vm") as client:
             client.info()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while count() > before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert count() <= before

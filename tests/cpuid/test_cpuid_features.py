@@ -139,9 +139,7 @@ def test_masks_cover_the_named_bits() -> None:
 def test_this_hosts_flags_are_known_words() -> None:
     """Optional sanity check against the kernel's own names."""
     cpuinfo = Path("/proc/cpuinfo")
-    flags = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.exists() else []
-    )
+    flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.exists() else []
     if not flags:
         pytest.skip("no x86 flags in /proc/cpuinfo here")
     # What Linux derives itself, or names after a vendor-neutral idea.

@@ -77,9 +77,7 @@ def honours(contract: CpuidTable, capability: CpuidTable) -> bool:
     places = xsave_components(capability)
     return (
         vendor_of(capability) in ("", vendor_of(contract))
-        and all(
-            mine <= other for mine, other in zip(address_widths(contract), address_widths(capability), strict=True)
-        )
+        and all(mine <= other for mine, other in zip(address_widths(contract), address_widths(capability), strict=True))
         and all(places.get(index) == component for index, component in xsave_components(contract).items())
         and {*exact_values(contract)} <= {*exact_values(capability)}
     )

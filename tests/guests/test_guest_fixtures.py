@@ -156,8 +156,9 @@ def test_the_selfcheck_program_runs_clean_here() -> None:
     found = guests.selfcheck()
     if found.path is None:
         pytest.skip(found.reason)
-    process = subprocess.Popen([found.path, "run", "-m", "4", "-p", "5", "-t", "50"], stdout=subprocess.PIPE,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [found.path, "run", "-m", "4", "-p", "5", "-t", "50"], stdout=subprocess.PIPE, start_new_session=True
+    )
     try:
         time.sleep(3)
     finally:

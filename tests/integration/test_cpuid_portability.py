@@ -77,7 +77,7 @@ def waiting(config: MachineConfig, registry: PluginRegistry, own: Capability | N
         assert machine.state.value == "teleportingin", "it waits on, whatever was asked"
     finally:
         machine.close()
-        thread.join(10)
+        thread.join(60)
 
 
 # The level and the lists of the definition

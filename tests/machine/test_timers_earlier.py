@@ -85,6 +85,6 @@ def test_a_timer_armed_within_a_slice_fires_in_time(halts: bool, other_timer: bo
             thread.set_running(True)
 
         thread.call(go)
-        assert fired.wait(10)
+        assert fired.wait(60)
     finally:
         thread.close()

@@ -223,7 +223,7 @@ def test_after_a_crash_the_machine_starts_again(side, disk) -> None:
         with pytest.raises(ImageInUse, match="machine crashed"):
             heir.storage.open()
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
     heir.storage.open()
     heir.write(b"x")
 

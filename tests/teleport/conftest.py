@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import settings
 
 from vmf.errors import TransportError
 from vmf.teleport.progress import ProgressEvent, TeleportSummary
@@ -15,9 +14,6 @@ from vmf.teleport.target import TargetOptions, wait_for_teleport
 from vmf.testing.teleport import FakeMachine, QueueListener, SocketChannel
 
 MIB = 1 << 20
-
-settings.register_profile("no-deadline", deadline=None)  # a busy host is no failure
-settings.load_profile("no-deadline")
 
 
 class Waiting:
@@ -73,7 +69,7 @@ class Waiting:
 
     def stop(self) -> None:
         self.cancel.set()
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the target does not end"
 
 

@@ -271,7 +271,7 @@ time.sleep(60)
         with pytest.raises(ImageInUse):
             driver.open(path, False)
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
         driver.open(path, False).close()
 
 

@@ -92,7 +92,7 @@ def test_ranges_arrive_in_order_and_in_place(pairs: list[tuple[int, int]], seed:
     thread, failures = in_thread(lambda: sender.send_ranges(memoryview(source), ranges))
     receiver.set_timeout(10)
     receiver.recv_ranges(memoryview(target), spans)
-    thread.join(10)
+    thread.join(60)
     sender.close()
     receiver.close()
     assert not failures
@@ -136,7 +136,7 @@ def test_more_ranges_than_one_call_takes(pair: tuple[TcpChannel, TcpChannel]) ->
     ranges = np.stack((np.arange(pages) * 8192, np.full(pages, 4096)), axis=1).astype(np.uint64)
     thread, failures = in_thread(lambda: one.send_ranges(memoryview(source), ranges))
     two.recv_ranges(memoryview(target), ranges)
-    thread.join(10)
+    thread.join(60)
     assert not failures
     cut = source.reshape(-1, 2, 4096)
     assert np.array_equal(target.reshape(-1, 2, 4096)[:, 0], cut[:, 0])
@@ -161,7 +161,7 @@ def test_send_gathers_and_recv_fills(parts: list[bytes]) -> None:
     target = bytearray(sum(map(len, parts)))
     receiver.set_timeout(10)
     receiver.recv_into(memoryview(target))
-    thread.join(10)
+    thread.join(60)
     sender.close()
     receiver.close()
     assert not failures
@@ -259,7 +259,7 @@ def test_unsent_bytes_counts_down(pair: tuple[TcpChannel, TcpChannel]) -> None:
         send_for_ever(one, 65_536, sent)
     assert one.unsent_bytes() > 0
     two.recv_into(memoryview(bytearray(sum(sent))))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     # what the interrupted last call had already given to the kernel may still be in flight
     while one.unsent_bytes() > 65_536 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -274,7 +274,7 @@ def test_waiting_does_not_hold_the_gil(pair: tuple[TcpChannel, TcpChannel]) -> N
     time.sleep(0.05)
     assert time.monotonic() - began < 2
     two.send(b"12345678")
-    thread.join(5)
+    thread.join(60)
     assert not failures
 
 

@@ -259,7 +259,7 @@ def test_half_open_connections_keep_nobody_out(
     began = time.monotonic()
     assert connect(listener, certs) is None
     assert time.monotonic() - began < 4
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:  # what became of the others is told, too
         assert time.monotonic() < deadline
         try:
