@@ -60,7 +60,7 @@ class Host:
         return int(ready["address"].rpartition(":")[2])
 
     def _teleporter(self, name: str, *, enabled: bool, **settings: Any) -> None:
-        teleporter = TeleporterConfig(enabled=enabled, port=0, address="127.0.0.1", **settings)
+        teleporter = TeleporterConfig(enabled=enabled, **{"port": 0, "address": "127.0.0.1", **settings})
         self.home.update(name, lambda old: evolve(old, teleporter=teleporter))
 
     def client(self, name: str) -> ControlClient:

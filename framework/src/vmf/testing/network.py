@@ -6,21 +6,26 @@ hosts can, through the virtual cable (veth) between them. Making one takes root 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from vmf.errors import MachineError
 from vmf.testing.hosts import Host
 
 _SECONDS = 30
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
 """Of the two hosts; RFC 5737 reserves them for documentation, and only the namespaces see them."""
+STORAGE_NETWORKS = ("198.51.100", "203.0.113")
+"""Of the cables from the storage to each of the hosts; the storage is .1 on both."""
 
 
 class Recorder:
@@ -102,6 +107,22 @@ class NamespacedHost(Host):
         """The command line that runs `vmf` there."""
         return ["ip", "netns", "exec", self.namespace, *super().command(*arguments)]
 
+    def start(self, name: str) -> dict[str, Any]:
+        self._teleporter(name, enabled=False)
+        return self._startvm(name)
+
+    def wait(self, name: str, **settings: Any) -> int:
+        """As `Host.wait`, but on the cable's address."""
+        self._teleporter(name, enabled=True, **{"address": self.address, **settings})
+        return int(self._startvm(name)["address"].rpartition(":")[2])
+
+    def _startvm(self, name: str) -> dict[str, Any]:
+        done = self.vmf("startvm", name, "--detach", "--insecure", "--json", timeout=300)
+        if done.returncode:
+            raise MachineError(done.stderr.strip())
+        ready: dict[str, Any] = json.loads(done.stdout)
+        return ready
+
 
 def missing() -> str:
     """Why no namespaces can be made here, one line; "" when they can."""
@@ -147,3 +168,23 @@ def two_networked_hosts(directory: Path) -> Iterator[tuple[NamespacedHost, Names
                 _ip("-n", name, "link", "set", link, "up")
             hosts.append(stack.enter_context(NamespacedHost(directory / name, name, address)))
         yield hosts[0], hosts[1]
+
+
+@contextmanager
+def storage_host(hosts: Sequence[NamespacedHost]) -> Iterator[tuple[list[str], list[str]]]:
+    """A third namespace with a cable of its own to each host: (prefix of commands there, its address for each host).
+
+    The hosts reach it at different addresses, as two hosts do that mount one share by different paths.
+    """
+    name = f"vmf-{os.getpid()}-s"
+    with ExitStack() as stack:
+        _ip("netns", "add", name)
+        stack.callback(_ip, "netns", "delete", name, check=False)
+        _ip("-n", name, "link", "set", "lo", "up")
+        for number, (host, network) in enumerate(zip(hosts, STORAGE_NETWORKS, strict=True)):
+            cable = f"to{number}"
+            _ip("-n", name, "link", "add", cable, "type", "veth", "peer", "name", "store", "netns", host.namespace)
+            for namespace, link, place in ((name, cable, 1), (host.namespace, "store", 2)):
+                _ip("-n", namespace, "address", "add", f"{network}.{place}/24", "dev", link)
+                _ip("-n", namespace, "link", "set", link, "up")
+        yield ["ip", "netns", "exec", name], [f"{network}.1" for network in STORAGE_NETWORKS]
