@@ -318,9 +318,8 @@ class MachineStorage:
                 if not self._find_lease(slot, create=False):
                     raise NotFoundError(f"the {slot.label}: {slot.config.medium} has no lease here any more.")
                 assert slot.lease is not None
-                if not slot.lease.held:
-                    slot.lease.take(teleport)
-                    taken.append(slot)
+                slot.lease.take(teleport)  # also what is held, as the source believes whose offer failed
+                taken.append(slot)
                 if not slot.drive.attached:
                     self._open(slot)
         except BaseException:

@@ -19,6 +19,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vmf.errors import ImageInUse, LeaseLost, StorageError
@@ -90,6 +91,8 @@ class Lease:
                 time.sleep(CHECK_EVERY_S)
                 self.fence()
         except BaseException:
+            self.generation = 0
+            self._undo(lambda record: rules.release(record, self._me, record.generation))
             self.store.unlock()
             raise
 
@@ -106,7 +109,11 @@ class Lease:
         self._drop()
 
     def take(self, teleport: str) -> None:
-        """Get what was offered, as the target or back at the source. Raises LeaseLost: the machine is not ours."""
+        """Get what was offered, as the target or back at the source. Raises LeaseLost: the machine is not ours.
+
+        Nor is it after any other error. What is ours already (an offer that failed had perhaps been written, and
+        perhaps not) is kept.
+        """
         # The other side lets go of its lock a moment after its record is written, or holds it for good.
         end = time.monotonic() + PATIENCE_S
         while True:
@@ -118,10 +125,25 @@ class Lease:
                     raise LeaseLost(error.message, error.remedy) from None
                 time.sleep(0.001)
         try:
-            self._hold(rules.take(self._read(), self._me, teleport, int(time.time())))
+            record = self._read()
+            if record.held_by(self._me.incarnation):
+                self._hold(rules.touched(record))
+            else:
+                self._hold(rules.take(record, self._me, teleport, int(time.time())))
         except BaseException:
+            self.generation = 0
+            self._undo(lambda record: rules.offer(record, self._me, record.generation, teleport))
             self.store.unlock()
             raise
+
+    def _undo(self, change: Callable[[Record], Record]) -> None:
+        """Getting it failed: should the record call it ours all the same (written, but not heard of), change that."""
+        try:
+            record = self._read()
+            if record.held_by(self._me.incarnation):
+                self._write(change(record))
+        except StorageError:
+            pass  # out of reach: what the record says stands, and a person has to look
 
     def release(self) -> None:
         """Give it up in good order. Raises LeaseLost when it was lost before."""
