@@ -68,6 +68,8 @@ def test_an_argument_is_taken_with_a_warning(here: Any, home: Home, image: Path)
     assert verifier(home) is None
     assert "is it a password" in here("modifyvm", "web", "--teleporter-password", "none", status=2).stderr
     assert "fewer than 12" in here("modifyvm", "web", "--teleporter-password", "short").stderr
+    encrypted = ("--teleporter-transport", "tls", "--teleporter-password", "short")
+    assert "fewer than 12" not in here("modifyvm", "web", *encrypted).stderr
     both = ("--teleporter-password", SECRET, "--teleporter-password-file", "x")
     assert "exclude each other" in here("modifyvm", "web", *both, status=2).stderr
 

@@ -223,7 +223,7 @@ def teleport(
         return _check(name, host, port, transport, options, secret, as_json)
     from vmf.cli.progress import progress_view, show_summary
 
-    view = progress_view("none" if as_json and progress == "auto" else progress)
+    view = progress_view("none" if as_json and progress == "auto" else progress, ends_told=True)
     where = home()
     cancelling = Cancelling(where, name, "teleport", lambda machine: machine.cancel_teleport())
     with ControlClient.of(where, name) as machine, cancelling:

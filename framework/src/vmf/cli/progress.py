@@ -26,15 +26,25 @@ class ProgressView(Protocol):
     def close(self) -> None: ...
 
 
-def progress_view(kind: str) -> ProgressView:
-    """A view: "auto" draws on a terminal and prints lines otherwise; "plain", "json", "none"."""
+def progress_view(kind: str, *, ends_told: bool = False) -> ProgressView:
+    """A view: "auto" draws on a terminal and prints lines otherwise; "plain", "json", "none".
+
+    `ends_told`: the caller says himself why it ended, so views for people do not.
+    """
     if kind == "none":
         return _Silent()
     if kind == "json":
         return _Lines()
     if kind == "auto" and sys.stdout.isatty():
-        return _Drawn()
-    return _Plain()
+        return _Drawn(ends_told)
+    return _Plain(ends_told)
+
+
+_ENDS = ("failed", "cancelled", "uncertain")
+
+
+def _message(event: Event, ends_told: bool) -> str:
+    return "" if ends_told and event.get("phase") in _ENDS else str(event.get("message") or "")
 
 
 class _Silent:
@@ -58,12 +68,13 @@ class _Lines:
 class _Plain:
     """A line for every phase, round and message."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends_told: bool = False) -> None:
         self._shown: tuple[Any, ...] = ()
+        self._ends_told = ends_told
 
     def update(self, event: Event) -> None:
-        if event.get("message"):
-            say(f"teleport: {event['message']}")
+        if message := _message(event, self._ends_told):
+            say(f"teleport: {message}")
         key = (event.get("teleport_id"), event.get("phase"), event.get("round"))
         if key != self._shown and event.get("phase") != "waiting":
             self._shown = key
@@ -76,16 +87,17 @@ class _Plain:
 class _Drawn:
     """A live panel, redrawn a few times a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends_told: bool = False) -> None:
         from rich.live import Live
 
+        self._ends_told = ends_told
         self._live = Live(refresh_per_second=8, transient=True)
         self._started = False
         self._closed = False
 
     def update(self, event: Event) -> None:
-        if event.get("message"):
-            self._live.console.print(f"teleport: {event['message']}", markup=False, highlight=False)
+        if message := _message(event, self._ends_told):
+            self._live.console.print(f"teleport: {message}", markup=False, highlight=False)
         if self._closed or event.get("phase") == "waiting":
             return
         if not self._started:

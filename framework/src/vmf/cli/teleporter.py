@@ -80,6 +80,12 @@ def apply(given: dict[str, Any], old: TeleporterConfig) -> TeleporterConfig:
     import attrs
 
     changes = dict(given)
+    if changes.pop("short_password", False) and changes.get("transport", old.transport) == "tcp":
+        click.echo(
+            f"vmf: warning: whoever can record a teleport over plain tcp can try passwords at home; one of fewer than "
+            f"{SHORT_PASSWORD} characters will not stand that long. Use the tls transport, or a longer one.",
+            err=True,
+        )
     if "allow" in given:
         kept = () if NONE in given["allow"] else old.allow
         changes["allow"] = tuple(dict.fromkeys([*kept, *(each for each in given["allow"] if each != NONE)]))
@@ -96,11 +102,18 @@ def prepare(given: dict[str, Any]) -> dict[str, Any]:
     if "transport" in changes:
         installed("transport", changes["transport"])
     if "password" in given or "password_file" in given:
-        changes["password_verifier"] = _verifier(given.get("password"), given.get("password_file"))
+        text = _password(given.get("password"), given.get("password_file"))
+        changes["short_password"] = text is not None and len(text) < SHORT_PASSWORD
+        changes["password_verifier"] = None
+        if text is not None:
+            from vmf.teleport.authentication import Verifier
+
+            changes["password_verifier"] = str(Verifier.of(text))
     return changes
 
 
-def _verifier(password: str | None, file: str | None) -> str | None:
+def _password(password: str | None, file: str | None) -> str | None:
+    """The one that was given; None for none."""
     if (password == "" and file is None) or (password is None and file == NONE):
         return None
     if password == NONE:
@@ -108,14 +121,4 @@ def _verifier(password: str | None, file: str | None) -> str | None:
             "--teleporter-password none: is it a password, or shall there be none?",
             "Choose a better password, or take it out with `--teleporter-password-file none`.",
         )
-    text = password_from("--teleporter-password", password, file, new=True)
-    assert text is not None
-    if len(text) < SHORT_PASSWORD:
-        click.echo(
-            f"vmf: warning: whoever can record a teleport over plain tcp can try passwords at home; one of fewer than "
-            f"{SHORT_PASSWORD} characters will not stand that long. Use the tls transport, or a longer one.",
-            err=True,
-        )
-    from vmf.teleport.authentication import Verifier
-
-    return str(Verifier.of(text))
+    return password_from("--teleporter-password", password, file, new=True)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from vmf.errors import RemoteProtocolError, TeleportError, TransportError, VmfError
-from vmf.teleport.authentication import Attempts, Verifier, demand, methods_of
+from vmf.teleport.authentication import Attempts, Verifier, WrongPassword, demand, methods_of
 from vmf.teleport.link import Link, farewell, remote_end
 from vmf.teleport.protocol import Connection, Role
 from vmf.teleport.protocol import messages as m
@@ -204,6 +204,8 @@ class Lobby:
             self.turned_away(f"{remote}: internal error: {type(error).__name__}: {error}")
         elif error.code == "busy":
             log.info("%s: %s", remote, error)  # no news for who watches the session
+        elif isinstance(error, WrongPassword):
+            self.turned_away(f"{remote} was refused: {error.message} The source has to give the one that was set here.")
         else:
             self.turned_away(f"{remote}: {error}")
         link.finish(said=link.try_send(farewell(error)))

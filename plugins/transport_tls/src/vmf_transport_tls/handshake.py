@@ -42,14 +42,15 @@ _VERIFY: dict[int, tuple[str, str]] = {
     7: _UNTRUSTED,
     26: ("was issued for another purpose", "A target shows a server certificate, a source a client certificate."),
 }
+_ANEW = "Issue this host a new one (`vmf tls issue HOST --force`)."
 # Words in an alert that the other side sent -> the same, of our own certificate.
 _ALERTS: tuple[tuple[str, str, str], ...] = (
     ("UNKNOWN_CA", "it was not issued by an authority that is trusted there", _UNTRUSTED[1]),
     ("CERTIFICATE_EXPIRED", "it has expired, or is not valid yet, there", "Compare the clocks; issue a new one."),
     ("CERTIFICATE_REQUIRED", "there was none", "Make one (`vmf tls issue HOST`)."),
     ("HANDSHAKE_FAILURE", "there was none, or none of a kind that it accepts", "Make one (`vmf tls issue HOST`)."),
-    ("BAD_CERTIFICATE", "it does not fit", "Compare the name in it (`vmf tls show`) with the name of the host."),
-    ("CERTIFICATE_UNKNOWN", "it does not fit", "Compare the name in it (`vmf tls show`) with the name of the host."),
+    ("BAD_CERTIFICATE", "it is damaged, or of a kind that is refused there", _ANEW),
+    ("CERTIFICATE_UNKNOWN", "it is damaged, or of a kind that is refused there", _ANEW),
     ("UNSUPPORTED_CERTIFICATE", "it was issued for another purpose", _VERIFY[26][1]),
 )
 
@@ -247,6 +248,16 @@ def _explain(error: ssl.SSLError, who: str, hostname: str = "") -> tuple[str, st
         )
     if reason in ("PEER_DID_NOT_RETURN_A_CERTIFICATE",):
         return f"the {who} showed no certificate", "Make it one (`vmf tls issue HOST`)."
+    if "DECRYPTION_FAILED" in reason or "DIGEST_CHECK_FAILED" in reason:
+        return (
+            f"what the {who} sent was not made for this connection, but altered on the way, or recorded and said again",
+            "If that was your own teleport, try it again, and see what lies between the two hosts.",
+        )
+    if who == "source" and "ALERT" in reason and ("BAD_CERTIFICATE" in reason or "CERTIFICATE_UNKNOWN" in reason):
+        return (
+            "the source does not accept our certificate: it is not for the name to which the source connects",
+            "`vmf tls show` lists the names in it; the source gives one of them, with --host or --tls-hostname.",
+        )
     for word, what, remedy in _ALERTS:
         if "ALERT" in reason and word in reason:
             return f"the {who} does not accept our certificate: {what}", remedy
