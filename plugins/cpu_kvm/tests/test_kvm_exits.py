@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vmf.cpu.backend import ExitReason
+from vmf.cpu.state import PendingEvents
 
 HLT = b"\xf4"
 
@@ -104,13 +105,55 @@ def test_halt_and_wake_by_interrupt(rig: Any, kit: Any) -> None:
     assert (rig.pic.acknowledged, rig.vcpu.save().halted) == (1, True)
 
 
-def _with_idt(rig: Any, kit: Any, code: bytes, handler: bytes, **options: Any) -> None:
+@pytest.mark.parametrize(
+    ("vector", "events"),
+    [
+        (1, PendingEvents(exception=1, exception_payload=1 << 14)),
+        (6, PendingEvents(exception=6)),
+        (0x51, PendingEvents(interrupt=0x51)),
+        (2, PendingEvents(nmi_pending=True)),
+    ],
+    ids=["pending #DB", "injected #UD", "interrupt", "NMI"],
+)
+def test_what_is_in_flight_wakes_a_halted_guest(rig: Any, kit: Any, vector: int, events: PendingEvents) -> None:
+    """A state may come from another backend, halted, and with something that is to be delivered first."""
+    code = b"\xf4\x41\xff\xc7\xfa\xf4"  # hlt; inc r15d; cli; hlt
+    _with_idt(rig, kit, code, handler=b"\x41\xff\xc6\x48\xcf", vector=vector)  # inc r14d; iretq
+    state = kit.entry_state(rig.tsc_khz, rflags=0x202)
+    idtr = kit.DescriptorTable(0x12000, 0xFFF)
+    rig.vcpu.restore(kit.changed(state, rip=kit.CODE_AT + 1, idtr=idtr, halted=True, events=events))
+    rig.run_to_halt()
+    found = rig.vcpu.save()
+    assert (found.registers["r14"], found.registers["r15"]) == (1, 1)
+    if vector == 1:
+        assert found.dr[4] >> 14 & 1
+
+
+def test_a_masked_nmi_does_not_wake_a_halted_guest(rig: Any, kit: Any) -> None:
+    rig.load(b"\xf4\xf4")
+    events = PendingEvents(nmi_pending=True, nmi_masked=True)
+    rig.vcpu.restore(kit.changed(kit.entry_state(rig.tsc_khz), rip=kit.CODE_AT + 1, halted=True, events=events))
+    assert rig.run(0.05).reason is ExitReason.HALTED
+    assert (rig.vcpu.save().rip, rig.vcpu.save().events) == (kit.CODE_AT + 1, events)
+
+
+def test_a_single_stepped_hlt_traps_at_once(rig: Any, kit: Any) -> None:
+    code = b"\x0f\x01\x1c\x25\x00\x10\x01\x00\x9c\x81\x0c\x24\x00\x01\x00\x00\x9d\xf4\x41\xff\xc7\xfa\xf4"
+    # lidt [0x11000]; pushfq; or dword [rsp], TF; popfq; hlt; inc r15d; cli; hlt
+    # The handler counts, and ends the stepping: inc r14d; and dword [rsp+16], ~TF; iretq
+    _with_idt(rig, kit, code, handler=b"\x41\xff\xc6\x81\x64\x24\x10\xff\xfe\xff\xff\x48\xcf", vector=1)
+    rig.run_to_halt()
+    registers = rig.registers()
+    assert (registers["r14"], registers["r15"]) == (1, 1)
+
+
+def _with_idt(rig: Any, kit: Any, code: bytes, handler: bytes, vector: int = 0, **options: Any) -> None:
     rig.load(code, **options)
     at = 0x11800
     rig.memory.write(at, handler)
     gate = struct.pack("<HHBBHII", at & 0xFFFF, 8, 0, 0x8E, at >> 16, 0, 0)
     rig.memory.write(0x12000, bytes(0x1000))
-    rig.memory.write(0x12000 + 16 * kit.VECTOR, gate)
+    rig.memory.write(0x12000 + 16 * (vector or kit.VECTOR), gate)
     rig.memory.write(0x11000, struct.pack("<HQ", 0xFFF, 0x12000))
 
 

@@ -198,6 +198,29 @@ def test_what_cannot_be_held_is_named(rig: Any, kit: Any, fields: dict[str, Any]
     round_trip(rig, state, kit)  # and the vCPU can take another
 
 
+def test_a_guest_that_moved_its_apic_is_not_saved_without_it(rig: Any, kit: Any) -> None:
+    """No contract has an APIC, but KVM lets a guest write IA32_APIC_BASE all the same."""
+    rig.load(b"\xb9\x1b\x00\x00\x00\xb8\x00\x00\xd0\xfe\x31\xd2\x0f\x30\xf4")  # wrmsr 0x1b, 0xfed00000; hlt
+    rig.run_to_halt()
+    with pytest.raises(StateError, match="IA32_APIC_BASE"):
+        rig.vcpu.save()
+    round_trip(rig, kit.entry_state(rig.tsc_khz), kit)
+
+
+def test_debugctl_is_held_or_refused_by_name(rig: Any, kit: Any) -> None:
+    """An MSR that KVM carries and does not list. BTF makes a trap of branches, not of instructions."""
+    state = kit.entry_state(rig.tsc_khz)
+    state = kit.changed(state, msrs={**state.msrs, 0x1D9: 2})
+    refusal = ""
+    try:
+        rig.vcpu.restore(state)
+    except StateError as error:
+        refusal = str(error)
+    assert "IA32_DEBUGCTL" in refusal or rig.vcpu.save().msrs[0x1D9] == 2
+    rig.vcpu.restore(kit.entry_state(rig.tsc_khz))
+    assert 0x1D9 not in rig.vcpu.save().msrs
+
+
 def test_xsave_component_without_cpuid_is_refused(rig: Any, kit: Any) -> None:
     area = bytearray(fresh_xsave()) + bytes(256)
     area[512] |= 4

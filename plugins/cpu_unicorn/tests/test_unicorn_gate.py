@@ -424,3 +424,40 @@ def test_unknown_msr_is_refused_by_number(bench: Bench) -> None:
     with pytest.raises(StateError, match="0xda0"):
         bench.vcpu.restore(attrs.evolve(state, msrs={**state.msrs, 0xDA0: 1}))
     assert MSR_STAR in bench.vcpu.save().msrs
+
+
+def test_a_single_stepped_hlt_traps_at_once(bench: Bench) -> None:
+    """As on a processor (and KVM): the trap ends the halt, with nobody asserting an interrupt."""
+    raw = code("f4 9c 812424fffeffff 9d f4")  # hlt; pushfq; and dword [rsp], ~TF; popfq; hlt
+    assert bench.execute(raw, bench.state(rflags=0x302)).reason is ExitReason.HALTED
+    assert [(record.vector, record.rip - CODE) for record in bench.records()] == [(1, 1), (1, 2), (1, 9), (1, 10)]
+    state = bench.vcpu.save()
+    assert state.halted
+    assert state.dr[4] >> 14 & 1
+
+
+def test_single_stepping_goes_on_after_a_restore_and_ends(bench: Bench) -> None:
+    """A guest's debugger is stopped between two steps: the handler itself is not stepped, nor what comes after."""
+    raw = code("90 9c 812424fffeffff 9d 90 f4")  # nop; pushfq; and dword [rsp], ~TF; popfq; nop; hlt
+    assert bench.execute(raw, bench.state(rflags=0x102)).reason is ExitReason.HALTED
+    assert [(record.vector, record.rip - CODE) for record in bench.records()] == [(1, 1), (1, 2), (1, 9), (1, 10)]
+
+
+@pytest.mark.parametrize("entry", ["restore", "syscall"])
+def test_rights_to_ports_end_with_iopl(bench: Bench, entry: str) -> None:
+    """IOPL 3 of a restored state, or of the user whom SYSCALL interrupts, is nothing that the next process has."""
+    # push ss; push rsp; push 0x202; push cs; push r14; iretq: to ring 3, with IOPL 0
+    leave = code(f"6a{USER_SS:02x} 54 6802020000 6a{USER_CS:02x} 4156 48cf")
+    target = CODE + 0x80
+    bench.memory.write(target, code("fa ebfe"))  # cli; and then stay here
+    if entry == "restore":
+        state = bench.state(rflags=0x3002, r14=target, r15=target + 1)
+        bench.load(leave, state)
+    else:
+        bench.memory.write(SYSCALL_ENTRY, leave)
+        state = bench.state(user=True, rflags=0x3202, r14=target, r15=target + 1)
+        bench.load(code("0f05"), attrs.evolve(state, msrs={**state.msrs, 0xC0000084: 0}))
+    end = time.monotonic() + 30
+    while bench.vcpu.save().rip != target + 1 and time.monotonic() < end:
+        bench.go(0.01)
+    assert [(record.vector, record.rip) for record in bench.records()] == [(13, target)]

@@ -226,7 +226,7 @@ def vcpu_states(
     )
     cr4 = draw(_subset(*_cr4_bits(names))) | (0x20 if long else 0)
     efer = draw(_subset(0, 11)) | (0x500 if long else 0)
-    rflags = 2 | draw(_subset(0, 2, 4, 6, 7, 9, 10, 11, 12, 13, 14, 16, 18, 21))
+    rflags = 2 | draw(_subset(0, 2, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 19, 20, 21))
     kind = AR_LONG if mode in ("long0", "long3") else AR_DB
     data = {name: draw(_data_segment(ring, u32)) for name in ("es", "ds")}
     data |= {name: draw(_data_segment(ring, address)) for name in ("fs", "gs")}
@@ -243,7 +243,7 @@ def vcpu_states(
     dr6 = 0xFFFF0FF0 | draw(_subset(0, 1, 2, 3, 14))
     events = draw(_events(bool(rflags >> 9 & 1), shadow))
     fields: dict[str, Any] = {}
-    if events == PendingEvents():
+    if not events.interrupt_shadow:  # whoever waits in HLT has executed that instruction: no shadow is left
         fields["halted"] = draw(st.booleans()) and ring == 0
     return VcpuState(
         registers={name: draw(u64) for name in GENERAL_REGISTERS},

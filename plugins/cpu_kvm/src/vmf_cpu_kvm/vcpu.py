@@ -12,7 +12,9 @@ Theory of operation
     shadow, nothing in delivery), it is acknowledged and handed over with KVM_INTERRUPT, which injects without asking
     anything. Otherwise an interrupt window is requested: KVM_RUN then returns as soon as the guest can take it.
 
-    HLT. Without irqchip KVM knows no halted state: it exits and RIP is behind the HLT. `halted` is ours.
+    HLT. Without irqchip KVM knows no halted state: it exits and RIP is behind the HLT. `halted` is ours, and so is
+    knowing what ends it: an interrupt that the guest can take, or what is in flight already (an NMI or an exception of
+    a restored state, the trap of a HLT that was single-stepped).
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class KvmVcpu(Vcpu):
         self._kicked = False
         self._entered = False
         self._halted = False
-        self._wake_by_nmi = False
+        self._wake = False
         self._lost: str = ""
         """Why the registers are not worth saving."""
         try:
@@ -192,8 +194,8 @@ class KvmVcpu(Vcpu):
             if self._kicked:
                 run[abi.RUN_IMMEDIATE_EXIT] = 1
             if self._halted:
-                if self._wake_by_nmi or (pending() and run[abi.RUN_READY_FOR_INTERRUPT] and run[abi.RUN_IF_FLAG]):
-                    self._halted = self._wake_by_nmi = False
+                if self._wake or (pending() and run[abi.RUN_READY_FOR_INTERRUPT] and run[abi.RUN_IF_FLAG]):
+                    self._halted = self._wake = False
                 elif run[abi.RUN_IMMEDIATE_EXIT]:
                     return self._kick_taken()
                 else:
@@ -238,7 +240,8 @@ class KvmVcpu(Vcpu):
                 elif reason == abi.EXIT_MMIO:
                     self._mmio()
                 elif reason == abi.EXIT_HLT:
-                    if not (pending() and if_flag and run[abi.RUN_READY_FOR_INTERRUPT]):
+                    ready = pending() and if_flag and run[abi.RUN_READY_FOR_INTERRUPT]
+                    if not ready and not self._exception_waits():
                         self._halted = True
                         return _HALTED
                 elif reason not in (abi.EXIT_IRQ_WINDOW_OPEN, abi.EXIT_SET_TPR, abi.EXIT_INTR):
@@ -265,6 +268,12 @@ class KvmVcpu(Vcpu):
         # A device on the vCPU thread itself is not inside KVM_RUN: the flag is enough.
         if self._entered and kicker is not None and kicker.thread != threading.get_native_id():
             kicker.signal()
+
+    def _exception_waits(self) -> bool:
+        """After a HLT that was single-stepped: its trap (#DB) is in flight and wakes the guest at once."""
+        abi.ioctl(self._fd, abi.GET_VCPU_EVENTS, self._events)
+        injected, _vector, _has_code, pending = abi.EVENTS.unpack_from(self._events)[:4]
+        return bool(injected or pending)
 
     def _inject(self, vector: int) -> None:
         struct.pack_into("<I", self._vector, 0, vector)
@@ -353,7 +362,12 @@ class KvmVcpu(Vcpu):
         tsc = self.read_tsc()
         registers, rip, rflags = convert.unpack_regs(self._regs)
         events, rflags = convert.unpack_events(self._events, rflags)
-        fields, _apic_base = convert.unpack_sregs(self._sregs)
+        fields, apic_base = convert.unpack_sregs(self._sregs)
+        if apic_base != _APIC_BASE:
+            raise StateError(
+                f"the guest has set IA32_APIC_BASE to {apic_base:#x}, and no machine has a local APIC.",
+                "Keep the guest from doing so: Linux does with `nolapic` on its command line.",
+            )
         fields["cr8"] = abi.RUN_CR8.unpack_from(self._run, abi.RUN_CR8_AT)[0] & 0xF
         xcr0 = abi.XCRS.unpack_from(self._xcrs)[4]
         db0, db1, db2, db3, dr6, dr7, _ = abi.DEBUGREGS.unpack_from(self._debug)
@@ -398,7 +412,9 @@ class KvmVcpu(Vcpu):
         abi.RUN_CR8.pack_into(run, abi.RUN_CR8_AT, state.cr8)
         run[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
         self._halted = state.halted
-        self._wake_by_nmi = state.halted and state.events.nmi_pending and not state.events.nmi_masked
+        events = state.events
+        in_flight = events.exception is not None or events.interrupt is not None
+        self._wake = state.halted and (in_flight or (events.nmi_pending and not events.nmi_masked))
         self._lost = ""
         self.write_tsc(state.tsc)
         if self._strict and not 0 <= self.read_tsc() - state.tsc & (1 << 64) - 1 < 10_000 * state.tsc_khz:

@@ -47,6 +47,7 @@
 #define HF_INHIBIT_IRQ (1u << 3)
 #define HF_LMA (1u << 14)
 #define HF_CS64 (1u << 15)
+#define HF_COPIES (1u << 8 | 3u << 12 | 1u << 17) /* TF, IOPL, VM: see layout.py */
 /* Second doubleword of a segment descriptor, SDM vol. 3A 3.4.5. */
 #define DESC_A (1u << 8)
 #define DESC_RW (1u << 9)
@@ -145,6 +146,7 @@ static void engine_poke(Gate *g)
 static void engine_update_hflags(Gate *g)
 {
     ((void (*)(void *))(uintptr_t)g->c.fn_update_hflags)(g->env);
+    ENV32(g, hflags) &= ~HF_COPIES;
 }
 
 /* Does not return: longjmp to the engine's loop, which delivers it. */

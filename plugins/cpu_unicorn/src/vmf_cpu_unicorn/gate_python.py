@@ -272,6 +272,7 @@ class PythonGate:
             env.cc_op.value = at.CC_OP_EFLAGS
             env.df.value = -1 if flags & FLAG_DF else 1
             quick.x86_update_hflags_x86_64(self._env)
+            env.hflags.value &= ~at.HF_COPIES
             env.eip.value = target - length & _U64
         except BaseException as error:
             self._keep(error)

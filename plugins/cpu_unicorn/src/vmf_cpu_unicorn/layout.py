@@ -86,6 +86,9 @@ SEGMENT_SIZE = 24
 # Hidden flags, "HF_" and "HF2_" in the engine's source.
 HF_INHIBIT_IRQ = 1 << 3
 HF_SMAP = 1 << 23
+HF_COPIES = 1 << 8 | 3 << 12 | 1 << 17
+"""TF, IOPL and VM. The engine's translator takes them from RFLAGS; `x86_update_hflags` copies them here as well, where
+nothing ever clears them again: they have to be taken out after every call of it."""
 HF2_GIF = 1 << 0
 HF2_NMI_MASKED = 1 << 2
 HF2_VINTR = 1 << 3

@@ -59,6 +59,7 @@ _VECTOR_HAS_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
 _VECTOR_DB = 1
 _VECTOR_PF = 14
 _DR6_TRAPS = 0xE00F
+_DR6_STEP = 1 << 14
 _DR6_ACTIVE_LOW = 1 << 16 | 1 << 11
 _CPUID_CALLBACK = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -145,6 +146,12 @@ class UnicornVcpu(Vcpu):
             self._deliver_payload(*self._payload)
             self._payload = None
         reason = self._gate.run(deadline_ns)
+        while reason == gates.EXIT_HALTED and at.read_pointer(self._env + at.EFLAGS) & convert.FLAG_TF:
+            # A HLT that was single-stepped: the engine has no trap behind it; a processor's wakes the guest at once.
+            self._deliver_payload(_VECTOR_DB, _DR6_STEP)
+            _, inflight, _, _, nmi_pending = self._gate.get_events()
+            self._gate.set_events(True, inflight, _VECTOR_DB, 0, nmi_pending)
+            reason = self._gate.run(deadline_ns)
         self._shadow_kind = 1
         known = _EXIT_REASONS.get(reason)
         if known is not None:
@@ -225,6 +232,7 @@ class UnicornVcpu(Vcpu):
         ctypes.memmove(self._env, bytes(blob), len(blob))
         ctypes.memmove(self._env + at.MTRRS, convert.pack_mtrrs(state), at.MTRRS_SIZE)
         library.x86_update_hflags_x86_64(self._env)
+        ctypes.c_uint32.from_address(self._env + at.HFLAGS).value &= ~at.HF_COPIES
         library.update_fp_status_x86_64(self._env)
         library.update_mxcsr_status_x86_64(self._env)
         library.cpu_x86_update_dr7_x86_64(self._env, state.dr[5])
