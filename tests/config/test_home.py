@@ -119,7 +119,7 @@ def test_killed_process_leaves_aborted_and_is_recovered(home: Home) -> None:
     assert home.aborted("vm")
     with home.own("vm") as paths:
         assert not paths.control_socket.exists(), "stale sockets are recovered"
-    assert home.resting_state("vm") == "poweredoff"
+    assert home.resting_state("vm") == "aborted"
 
 
 def test_reused_process_id_is_not_taken_for_the_machine(home: Home) -> None:
@@ -151,6 +151,20 @@ def test_strange_command_names_do_not_confuse_the_start_time(tmp_path: Path) -> 
     finally:
         child.kill()
         child.wait()
+
+
+def test_what_a_killed_process_left_is_still_known_when_its_traces_are_gone(home: Home) -> None:
+    """Whoever owns the machine for a moment (to resolve a teleport, say) without running it."""
+    home.create(config())
+    with home.own("vm") as paths:
+        dead = json.dumps({"pid": 1, "start_ticks": 0, "boot_id": "another"})
+        paths.pid.with_name("kept").write_text(dead)
+    paths.pid.with_name("kept").rename(paths.pid)
+    assert home.resting_state("vm") == "aborted"
+    with home.own("vm"):
+        pass
+    assert not paths.pid.exists()
+    assert home.resting_state("vm") == "aborted"
 
 
 def test_last_run_is_remembered(home: Home) -> None:

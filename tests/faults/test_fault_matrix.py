@@ -27,14 +27,10 @@ from vmf.errors import InvalidStateError, TeleportError, TeleportUncertain, VmfE
 from vmf.machine import doubt
 from vmf.machine.config import MachineConfig
 from vmf.plugins.bridge import PluginRegistry
-from vmf.testing.faults import KINDS, Fault, FaultProxy
+from vmf.testing.faults import CONVERSATION, KINDS, Fault, FaultProxy
 from vmf.testing.hosts import Host
 from vmf.testing.serial_check import check
 
-CONVERSATION = (
-    "HELLO", "WELCOME", "AUTHENTICATE", "AUTHENTICATED", "OFFER", "CHECKED", "PING", "PONG", "BEGIN", "PAGES",
-    "ROUND_END", "ROUND_ACK", "PAUSED", "STATE", "READY", "HANDOVER", "RUNNING", "DONE",
-)  # fmt: skip
 WHICH = os.environ.get("VMF_FAULT_MATRIX", "few")
 FEW = (
     Fault("kill-source", "READY"),
@@ -176,6 +172,10 @@ class Cell:
             self.goes_on(self.source)
         elif target == "running":
             self.goes_on(self.target)
+        if source == "teleported" and self.died == "source":
+            with pytest.raises(InvalidStateError, match="is teleported: there is no teleport to resolve"):
+                doubt.resolve_orphan(self.source.home, "box", "discard", PluginRegistry())
+            assert self.source.state("box") == "teleported"
         self.check_more()
 
     def check_more(self) -> None:
@@ -299,4 +299,5 @@ def test_never_two(
         if fault.kind == "flip" and fault.message != "DONE":
             assert source != "teleported", "what was altered was taken"
         cell.recover(source, target)
-        record_property("matrix", (f"{fault} ({transport})", source, target, ", ".join(cell.then) or "goes on"))
+        then = ", ".join(cell.then) or "goes on"
+        record_property("matrix", (transport, fault.kind, fault.message, source, target, then))

@@ -315,6 +315,8 @@ class Home:
                 raise InvalidStateError(
                     f"Machine '{name}' is running already{by}.", f"See `vmf showvminfo {name}`."
                 ) from None
+            if self.aborted(name) and (state := self.resting_state(name)) != "uncertain":
+                self.record_end(name, state)  # told by the traces that go now; a doubt is in the journal
             sockets = (paths.control_socket, paths.console_socket, paths.console_live_socket)
             for stale in sockets:
                 stale.unlink(missing_ok=True)

@@ -30,6 +30,12 @@ from vmf.testing.wires import CHUNK, Wire, wires
 DELAY_S = 0.3
 SOURCE, TARGET = "source", "target"
 
+CONVERSATION = (
+    "HELLO", "WELCOME", "AUTHENTICATE", "AUTHENTICATED", "OFFER", "CHECKED", "PING", "PONG", "BEGIN", "PAGES",
+    "ROUND_END", "ROUND_ACK", "PAUSED", "STATE", "READY", "HANDOVER", "RUNNING", "DONE",
+)  # fmt: skip
+"""Every message of a teleport over one channel, in order (ZEROS and further rounds apart)."""
+
 KINDS = (
     "pass", "kill-source", "kill-target", "kill-source-after", "kill-target-after", "cut", "cut-after", "truncate",
     "delay", "drop", "swap", "duplicate", "flip",
