@@ -31,6 +31,7 @@ from vmf.errors import (
     TeleportError,
     TeleportUncertain,
     TransportError,
+    VmfError,
 )
 from vmf.machine import pages
 from vmf.machine.dirty import DirtyTracker, PageRuns
@@ -508,9 +509,11 @@ class _Source:
         self._link.finish(self._reader, said=False)
         self._report.phase(Phase.UNCERTAIN, message=m.clean_text(error))
         name, remote = self._machine.name, self._channel.remote
+        # Without the remedy: "try again" is just what nobody should do now.
+        why = m.clean_text(error.message if isinstance(error, VmfError) else error).rstrip(".")
         return TeleportUncertain(
-            f"machine {name} was handed over to {remote}, but the target did not confirm that it runs "
-            f"({m.clean_text(error).rstrip('.')}). It stays stopped here, as it may run there.",
+            f"machine {name} was handed over to {remote}, but the target did not confirm that it runs ({why}). "
+            f"It stays stopped here, as it may run there.",
             f"Ask the target with `vmf controlvm {name} teleport --status`, then decide with "
             f"`vmf controlvm {name} teleport --resolve resume|discard`.",
             self._teleport_id.hex(),
