@@ -49,14 +49,19 @@ class BudgetedLab:
 
 
 @pytest.fixture(scope="session")
-def built_lab() -> BudgetedLab:
+def lab_is_full() -> bool:
+    """Whether everything was asked for, without a limit."""
+    return os.environ.get(VARIABLE, "") == "full"
+
+
+@pytest.fixture(scope="session")
+def built_lab(lab_is_full: bool) -> BudgetedLab:
     """Building takes some two minutes the first time on a machine."""
     from kvmlab import Lab, LabUnavailable
 
-    chosen = os.environ.get(VARIABLE, "")
-    if chosen == "0":
+    if os.environ.get(VARIABLE, "") == "0":
         pytest.skip("VMF_LAB=0: the KVM lab was not wanted")
-    end = None if chosen == "full" else time.monotonic() + BUDGET_SECONDS
+    end = None if lab_is_full else time.monotonic() + BUDGET_SECONDS
     try:
         return BudgetedLab(Lab.build(), end)
     except LabUnavailable as error:
@@ -64,9 +69,9 @@ def built_lab() -> BudgetedLab:
 
 
 @pytest.fixture
-def kvm_lab(request: pytest.FixtureRequest) -> BudgetedLab:
+def kvm_lab(request: pytest.FixtureRequest, lab_is_full: bool) -> BudgetedLab:
     """The lab, for a test that has its turn; skipped with the reason otherwise."""
-    if request.node.get_closest_marker("lab_full") and os.environ.get(VARIABLE, "") != "full":
+    if request.node.get_closest_marker("lab_full") and not lab_is_full:
         pytest.skip("in the KVM lab's full set only: VMF_LAB=full")
     lab: BudgetedLab = request.getfixturevalue("built_lab")
     return lab

@@ -1,11 +1,14 @@
 """Stock Debian under the self-checking stress is teleported between processes on cpu_kvm and cpu_unicorn.
 
-    python3 teleport_debian.py [--route kvm,kvm,unicorn,kvm,...] [--switch] [--timeout S]
+    python3 teleport_debian.py [--route kvm,kvm,unicorn,kvm,...] [--within S] [--switch] [--timeout S]
 
 The route names the backend on which the machine boots and that of the target of every move. Between moves the guest
 must print ticks; at the end all that it printed is judged, on all hosts together: lost and repeated bytes, what it
 found wrong in its own arithmetic, memory, processes, signals and clocks, and what its kernel complained about.
+With --within the route ends early when that time is over (by the clock outside), though not before a move of each kind.
 With --switch the last process is also switched to the other backend and back, by the `vmf` command.
+
+While the guest prints its ticks, the process that it goes to next is started already: in the lab that takes as long.
 
 Runs in the lab, and on other hosts with hardware KVM.
 """
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,7 @@ def watch(progress: Mapping[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--route", default=ROUTE)
+    parser.add_argument("--within", type=float, default=float("inf"), help="no further move after so many seconds")
     parser.add_argument("--switch", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="tell of each teleport's progress")
     parser.add_argument("--memory", type=int, default=128, help="MiB")
@@ -72,42 +77,58 @@ def main() -> int:
         cpuid=CpuidConfig(portability_level=LEVEL),
     )
     moves: Counter[str] = Counter()
+    kinds = {f"{before} > {after}" for before, after in itertools.pairwise(route)}
     output = b""
+    began = time.monotonic()
+
+    def elapsed() -> float:
+        return (time.monotonic() - began) * SLOWDOWN
+
+    def wait_for_the_machine(host: Host, backend: str) -> int:
+        host.define(evolve(config, cpu_backend=backend))
+        return host.wait(NAME)
+
     with (
         tempfile.TemporaryDirectory() as directory,
         Host(Path(directory, "a")) as source,
         Host(Path(directory, "b")) as target,
+        ThreadPoolExecutor(1) as beside,
     ):
         source.define(config)
-        began = time.monotonic()
         source.start(NAME)
+        waiting = beside.submit(wait_for_the_machine, target, route[1])
         source.wait_for_output(NAME, b"tick 3 ", timeout=options.timeout)
-        print(f"--- first ticks after {(time.monotonic() - began) * SLOWDOWN:.1f} s", flush=True)
-        for before, after in itertools.pairwise(route):
-            target.define(evolve(config, cpu_backend=after))
-            port = target.wait(NAME)
+        print(f"--- first ticks after {elapsed():.1f} s", flush=True)
+        for number, (before, after) in enumerate(itertools.pairwise(route), 1):
+            port = waiting.result()
             time.sleep(randomness.random())
-            begun = time.monotonic()
+            begun = elapsed()
             with source.client(NAME) as client:
                 summary = client.teleport(
                     "127.0.0.1", port, max_downtime_ms=DOWNTIME_MS, progress=watch if options.verbose else None
                 )
-            took = (time.monotonic() - begun) * SLOWDOWN
+            took = elapsed() - begun
             source.wait_gone(NAME)
             output += source.output(NAME)
             source, target = target, source
+            moves[f"{before} > {after}"] += 1
+            last = number == len(route) - 1 or (elapsed() > options.within and set(moves) == kinds)
+            if not last:
+                waiting = beside.submit(wait_for_the_machine, target, route[number + 1])
             source.wait_for_more(NAME, timeout=options.timeout)
             with source.client(NAME) as client:
                 used = client.info()["cpu_backend_used"]
             if used != after:
                 print(f"--- FAILED: arrived on {used} instead of {after}")
                 return 1
-            moves[f"{before} > {after}"] += 1
             times = {key[:-3]: round(value * SLOWDOWN / 1e6) for key, value in summary.items() if key.endswith("_ns")}
             moved = f"{summary['rounds']} rounds, {summary['bytes'] >> 20} MiB, tracker {summary['tracker']}"
-            print(f"--- {before} > {after}: {took:.1f} s, {times} ms, {moved}; ticks go on", flush=True)
+            print(f"--- {elapsed():.0f} s: {number}. {before} > {after}: {took:.1f} s, {times} ms, {moved}; ", end="")
+            print("ticks go on", flush=True)
+            if last:
+                break
         if options.switch:
-            here = route[-1]
+            here = after
             there = "unicorn" if here == "kvm" else "kvm"
             for backend in (there, here):
                 done = source.vmf("controlvm", NAME, "switch-backend", backend, timeout=options.timeout)
@@ -124,9 +145,7 @@ def main() -> int:
     print(f"--- {report}")
     for problem in report.problems[:20]:
         print(f"--- PROBLEM: {problem}")
-    print(
-        f"--- {sum(moves.values())} moves: {json.dumps(moves)}; {report.ticks} ticks, {report.rounds} rounds,", end=" "
-    )
+    print(f"--- {moves.total()} moves: {json.dumps(moves)}; {report.ticks} ticks, {report.rounds} rounds,", end=" ")
     print(f"{len(report.problems)} problems")
     if place := os.environ.get("VMF_LAB_RESULTS"):
         Path(place, "serial.log").write_bytes(output)
