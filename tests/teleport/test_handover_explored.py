@@ -1,7 +1,9 @@
 """Every interleaving of a handover: messages, losses, failing deeds, deaths, restarts, questions and their answers.
 
 What is explored are the tables that the real source and target run on (`vmf.teleport.protocol.states.TABLE` and
-`vmf.teleport.protocol.handover`); the test adds the world around them: wires, notes, a lease, processes that die.
+`vmf.teleport.protocol.handover`) and, for a machine with a disk, the code that passes and takes its lease and opens the
+image (`vmf.machine.storage`, see `explored_storage`). The test adds the world around them: wires, notes, a record and a
+lock, storage that fails, processes that stop and die.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from vmf.teleport.protocol.handover import (
     TARGET,
     Answer,
     Deed,
-    Lease,
     Note,
     SourceCustody,
     SourceEvent,
@@ -27,6 +28,8 @@ from vmf.teleport.protocol.handover import (
     TargetEvent,
 )
 from vmf.teleport.protocol.states import FINAL, LOST, TABLE, Lost, Phase, Role
+from vmf.testing import explored_storage as storage
+from vmf.testing.explored_storage import Holding, Shared
 
 S, T = SourceCustody, TargetCustody
 IN_FLIGHT = 2
@@ -45,6 +48,9 @@ class Source:
     note: Note = Note.NONE
     discarded: Answer | None = None
     restarted: bool = False
+    holding: Holding | None = None
+    log: storage.Log = ()
+    """How far it is in a deed of its storage."""
 
 
 @frozen(cache_hash=True)
@@ -56,6 +62,8 @@ class Target:
     guest: bool = False
     note: Note = Note.NONE
     restarted: bool = False
+    holding: Holding | None = None
+    log: storage.Log = ()
 
 
 @frozen(cache_hash=True)
@@ -65,7 +73,10 @@ class World:
     to_target: tuple[Kind, ...] = ()
     to_source: tuple[Kind, ...] = ()
     linked: bool = True
-    lease: Lease | None = None
+    shared: Shared | None = None
+    """The image and its lease; None for a machine without disks."""
+    gone: bool = False
+    """The storage failed for good in the middle of a deed."""
     asked: Answer | bool = False
     """A question under way, or the answer that came."""
     handed: bool = False
@@ -104,7 +115,10 @@ Edges = dict["World", list["World"]]
 
 def explore(rules: Rules, leased: bool) -> tuple[dict[World, World | None], Edges]:
     """Every reachable world, with the one that it was first reached from; and from where each can be reached."""
-    first = World(lease=Lease("source", 1) if leased else None)
+    first = World()
+    if leased:
+        shared, held, nothing = storage.at_first(1)
+        first = evolve(first, shared=shared, source=Source(holding=held), target=Target(holding=nothing))
     came_from: dict[World, World | None] = {first: None}
     back: Edges = {}
     todo = deque([first])
@@ -130,9 +144,15 @@ def path(came_from: Mapping[World, World | None], world: World | None) -> str:
         lines.append(
             f"source {s.custody.name}/{s.phase.name}{' runs' if s.guest else ''} {s.note.name}, "
             f"target {t.custody.name}/{t.phase.name}{' runs' if t.guest else ''} {t.note.name}, asked {world.asked}"
+            f"{'' if world.shared is None else f', {_lease(world.shared)}'}"
         )
         world = came_from[world]
     return "\n  ".join(["", *reversed(lines)])
+
+
+def _lease(shared: Shared) -> str:
+    record = shared.records[0]
+    return f"{record.standing.value} {record.owner.incarnation} {record.generation} {shared.locks} {shared.open}"
 
 
 # The world's steps
@@ -145,21 +165,32 @@ def steps(rules: Rules, world: World) -> Iterator[World]:
         yield from source_dies(rules, world)
     elif source.custody is S.FREE and (source.note is not Note.GONE or source.discarded is Answer.NEVER):
         # `startvm` boots the machine anew. (After "it runs there" that would be the user's own second machine.)
-        yield evolve(world, source=evolve(source, guest=True, restarted=True))
+        yield from booted(world)
     if target.alive:
         yield from target_lives(rules, world)
-        yield evolve(
-            world, linked=False, target=evolve(target, alive=False, guest=False, pending=None, phase=Phase.FAILED)
-        )
+        nothing = None if world.shared is None else storage.nothing(1)
+        dead = Target(T.WAITING, None, Phase.FAILED, False, False, target.note, target.restarted, nothing)
+        dead = evolve(dead, custody=target.custody)
+        freed = evolve(world, linked=False, shared=world.shared and world.shared.without("target"))
+        yield evolve(freed, target=dead)
         if target.note is Note.TAKEN:  # a power failure: the last note did not reach the disk
-            dead = evolve(target, alive=False, guest=False, pending=None, phase=Phase.FAILED, note=Note.PROMISED)
-            yield evolve(world, linked=False, target=dead)
+            yield evolve(freed, target=evolve(dead, note=Note.PROMISED))
     elif not target.restarted:
-        again = Target(note=target.note, phase=Phase.FAILED, restarted=True)
+        again = Target(note=target.note, phase=Phase.FAILED, restarted=True, holding=target.holding)
         yield evolve(world, target=again, to_target=())
     yield from asking(rules, world)
     if world.linked:
         yield evolve(world, linked=False)
+
+
+def booted(world: World) -> Iterator[World]:
+    source = evolve(world.source, guest=True, restarted=True)
+    if world.shared is None:
+        yield evolve(world, source=source)
+    elif not world.source.restarted:
+        step = storage.finish("heir", "claim", world.shared, storage.nothing(1))
+        if step.status == "done":
+            yield evolve(world, shared=step.shared, source=evolve(source, holding=step.holding))
 
 
 def say(rules: Rules, world: World, role: Role, kind: Kind) -> World | None:
@@ -195,7 +226,9 @@ def feed_target(rules: Rules, world: World, event: TargetEvent) -> World:
 
 def source_lives(rules: Rules, world: World) -> Iterator[World]:
     source = world.source
-    if source.pending is not None:
+    if world.shared is not None and source.pending in STORAGE_DEEDS:
+        yield from storage_deed(rules, world, "source")
+    elif source.pending is not None:
         calm = evolve(world, source=evolve(source, pending=None))
         for done in perform_source(rules, calm, source.pending):
             yield feed_source(rules, done, SourceEvent.DONE)
@@ -237,8 +270,39 @@ def source_lives(rules: Rules, world: World) -> Iterator[World]:
             yield evolve(world, to_source=())
 
 
+STORAGE_DEEDS = {Deed.PASS_LEASE: "pass", Deed.TAKE_LEASE: "take"}
+
+
+def storage_deed(rules: Rules, world: World, who: str) -> Iterator[World]:
+    """One step further, between any two of which others may go on, or this process may die."""
+    side: Source | Target = getattr(world, who)
+    assert world.shared is not None
+    assert side.holding is not None
+    for step in storage.advance(who, STORAGE_DEEDS[side.pending], world.shared, side.holding, side.log):
+        ended = step.status != "paused"
+        after = evolve(side, holding=step.holding, log=step.log, pending=None if ended else side.pending)
+        following = evolve(world, shared=step.shared, gone=world.gone or step.gone, **{who: after})
+        if not ended:
+            yield following
+            continue
+        following = renumbered(following)
+        if who == "source":
+            yield feed_source(rules, following, SourceEvent.DONE if step.status == "done" else SourceEvent.FAILED)
+        else:
+            yield feed_target(rules, following, TargetEvent.DONE if step.status == "done" else TargetEvent.FAILED)
+
+
+def renumbered(world: World) -> World:
+    """So that trying again and again is no endless sequence of new worlds."""
+    source, target = world.source, world.target
+    if any(isinstance(result, bytes) for result in source.log + target.log):
+        return world  # one of them has read the record as it is; it has the lock, so this is not endless either
+    shared, first, second = storage.plain(world.shared, source.holding, target.holding)
+    return evolve(world, shared=shared, source=evolve(source, holding=first), target=evolve(target, holding=second))
+
+
 def perform_source(rules: Rules, world: World, deed: Deed) -> Iterator[World]:
-    source, lease = world.source, world.lease
+    source = world.source
     notes = {
         Deed.NOTE_OFFERED: Note.OFFERED,
         Deed.NOTE_HANDED_OVER: Note.HANDED_OVER,
@@ -251,14 +315,8 @@ def perform_source(rules: Rules, world: World, deed: Deed) -> Iterator[World]:
         yield evolve(world, source=evolve(source, guest=False))
     elif deed is Deed.RUN_GUEST:
         yield evolve(world, source=evolve(source, guest=True))
-    elif deed is Deed.PASS_LEASE:
-        yield world if lease is None else evolve(world, lease=lease.passed("source"))
-    elif deed is Deed.TAKE_LEASE:
-        if lease is None:
-            yield world
-        elif lease.owner != "target" and lease.generation == 1:  # what it knows from before
-            # Taking back what was not taken: the generation rises, too, so the target finds out.
-            yield evolve(world, lease=lease.taken("source", 1))
+    elif deed in STORAGE_DEEDS:
+        yield world  # without disks there is nothing to do
     elif deed is Deed.SEND_HANDOVER:
         said = say(rules, world, Role.SOURCE, m.Handover)
         if said is not None:
@@ -269,7 +327,10 @@ def perform_source(rules: Rules, world: World, deed: Deed) -> Iterator[World]:
 
 def source_dies(rules: Rules, world: World) -> Iterator[World]:
     source = world.source
-    dead = evolve(source, alive=False, guest=False, pending=None, phase=Phase.FAILED)
+    dead = evolve(source, alive=False, guest=False, pending=None, phase=Phase.FAILED, log=())
+    if world.shared is not None:
+        dead = evolve(dead, holding=storage.nothing(1))
+        world = evolve(world, shared=world.shared.without("source"))
     yield evolve(
         world, linked=False, asked=False, source=evolve(dead, custody=rules.recovered_source(source.note, True))
     )
@@ -282,6 +343,9 @@ def source_dies(rules: Rules, world: World) -> Iterator[World]:
 
 def target_lives(rules: Rules, world: World) -> Iterator[World]:
     target = world.target
+    if world.shared is not None and target.pending in STORAGE_DEEDS:
+        yield from storage_deed(rules, world, "target")
+        return
     if target.pending is not None:
         calm = evolve(world, target=evolve(target, pending=None))
         done = perform_target(rules, calm, target.pending)
@@ -320,27 +384,22 @@ def target_lives(rules: Rules, world: World) -> Iterator[World]:
 
 def perform_target(rules: Rules, world: World, deed: Deed) -> World | None:
     """The world afterwards; None when it must fail."""
-    target, lease = world.target, world.lease
+    target = world.target
     if deed is Deed.NOTE_PROMISED:
         return evolve(world, target=evolve(target, note=Note.PROMISED))
     if deed is Deed.NOTE_TAKEN:
         return evolve(world, target=evolve(target, note=Note.TAKEN))
-    if deed is Deed.TAKE_LEASE:
-        if lease is None:
-            return world
-        free = lease.owner != "source" and lease.generation == 1  # the one that the source had when it offered
-        return evolve(world, lease=lease.taken("target", 1)) if free else None
     if deed is Deed.RUN_GUEST:
         return evolve(world, target=evolve(target, guest=True), ran=True)
     if deed in (Deed.SEND_READY, Deed.SEND_RUNNING):
         return say(rules, world, Role.TARGET, m.Ready if deed is Deed.SEND_READY else m.Running)
-    assert deed in (Deed.RESTORE, Deed.DISCARD)
+    assert deed in (Deed.RESTORE, Deed.DISCARD, Deed.TAKE_LEASE)
     return world
 
 
 def asking(rules: Rules, world: World) -> Iterator[World]:
     """The source (or, when its process died, somebody on its host) asks by teleport id, over another connection."""
-    source, target, leased = world.source, world.target, world.lease is not None
+    source, target, leased = world.source, world.target, world.shared is not None
     wants = source.pending is None and source.custody in (S.UNCERTAIN, S.ORPHANED)
     if not wants:
         return
@@ -392,11 +451,13 @@ def check(world: World) -> None:
         if world.asked is Answer.NEVER:
             assert not target.guest, "it runs where it never arrived"
             assert target.custody not in h.TARGET_OWNS | {T.READY, T.TAKING}, "NEVER was not final"
-    if world.lease is not None:
-        if source.guest and not source.restarted:
-            assert world.lease.owner in ("source", ""), "the source runs without the lease"
+    if world.shared is not None:
+        assert all(len(names) <= 1 for names in world.shared.open), "two have the image open"
+        if source.guest:
+            name = "heir" if source.restarted else "source"
+            assert storage.may_write(name, world.shared, source.holding), "it runs at the source, and cannot write"
         if target.guest:
-            assert world.lease.owner == "target", "the target runs without the lease"
+            assert storage.may_write("target", world.shared, target.holding), "it runs there, and cannot write"
 
 
 def dead_ends(worlds: Mapping[World, World | None], back: Edges, goal: Callable[[World], bool]) -> set[World]:
@@ -427,9 +488,9 @@ def test_never_two_and_never_none(leased, capsys):
     assert any(w.source.custody is S.GONE and w.target.custody is T.SETTLED for w in worlds)
     assert any(w.source.custody is S.ORPHANED and w.target.guest for w in worlds)
 
-    # Whatever happened: as long as both hosts are there, the machine can run again, or runs, somewhere.
+    # Whatever happened: as long as both hosts and the storage are there, the machine can run again, or runs, somewhere.
     def both_alive(world: World) -> bool:
-        return world.source.alive and world.target.alive and not world.target.restarted
+        return world.source.alive and world.target.alive and not world.target.restarted and not world.gone
 
     stuck = dead_ends(worlds, back, lambda w: w.source.guest or w.target.guest)
     lost = [w for w in stuck if both_alive(w) and w.target.custody is not T.BROKEN and w.source.discarded is None]

@@ -334,6 +334,8 @@ class MachineStorage:
                 slot.lease.offer(teleport)
             except VmfError as error:
                 log.warning("%s: its lease could not be offered again: %s", slot.label, error)
+                slot.lease.close()  # so that a person can see that nobody uses it
+                slot.lease = None
 
     def end_teleport(self) -> None:
         """The teleport is over, whatever became of it."""

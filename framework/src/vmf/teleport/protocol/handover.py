@@ -23,8 +23,7 @@ What makes a lost machine improbable: the source lets go of RAM only when the ta
 says so.
 
 The lease. A machine whose writable media carry leases implements `vmf.teleport.seam.KeepsLeases`; for others both
-deeds succeed at once. `Lease` is what such a lease is here: an owner and a generation that rises with every taking.
-`take` refuses who expects another generation than the one that stands, which is how an old owner finds out.
+deeds succeed at once. `vmf.storage.lease` has its rules, `vmf.machine.storage` the steps of both deeds.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from vmf.teleport.protocol import messages as m
 
@@ -410,34 +409,6 @@ def may_discard(answer: Answer, orphaned: bool = False) -> Verdict:
         Answer.UNREACHABLE: "The target does not answer, so here may be the only copy.",
     }[answer]
     return Verdict(False, why, _LOSS)
-
-
-# The lease
-
-
-@frozen
-class Lease:
-    """Who may write the machine's media, as the storage has it.
-
-    Attributes:
-        owner: who holds it; "" while it is passed on, or free.
-        generation: rises with every taking.
-    """
-
-    owner: str = ""
-    generation: int = 0
-
-    def passed(self, by: str) -> Lease:
-        """Given up by its owner, for whoever knows the generation. Raises ValueError when it is not theirs."""
-        if self.owner not in (by, ""):
-            raise ValueError(f"the lease is {self.owner}'s")
-        return evolve(self, owner="")
-
-    def taken(self, by: str, expected: int) -> Lease:
-        """Taken by one side. Raises ValueError when it is the other's, or was taken since `expected`."""
-        if self.owner not in (by, "") or self.generation != expected:
-            raise ValueError(f"the lease is at generation {self.generation} of {self.owner or 'nobody'}")
-        return Lease(by, self.generation + 1)
 
 
 # For people
