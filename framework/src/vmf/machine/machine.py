@@ -416,6 +416,7 @@ class Machine:
 
     def scrap(self) -> None:
         """Take the hardware apart. For this room's modules."""
+        self._teleporter.stop_listening()
         self._teleporter.close_witness()
         hardware, self._hardware, self.contract_origin = self._hardware, None, None
         if hardware is not None:

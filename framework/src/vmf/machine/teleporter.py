@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vmf.errors import ConfigError, InvalidStateError, TeleportBlocked, TeleportUncertain
+from vmf.errors import ConfigError, InvalidStateError, TeleportBlocked, TeleportCancelled, TeleportUncertain
 from vmf.machine.doubt import Doubt, describe
 from vmf.machine.states import MachineState
 from vmf.machine.teleport_view import TeleportView
@@ -60,6 +60,7 @@ class Teleporter:
         self.witness: Listener | None = None
         self.doubt: Doubt | None = None
         self._cancel: threading.Event | None = None
+        self._given_up = False
         self._done = threading.Event()
         self._done.set()
 
@@ -192,6 +193,13 @@ class Teleporter:
         found = doubt.ask(machine.registry, machine.name, peer, password) if asking else None
         return describe(doubt.entry, found, orphaned=False, leased=machine.storage.leased) | {"why": doubt.why}
 
+    def stop_listening(self) -> None:
+        """At the end of a machine that listens and nobody waits with it."""
+        listener = self.listener
+        if listener is not None and self._done.is_set():
+            self.listener, self._cancel, self._given_up = None, None, True
+            listener.close()
+
     def close_witness(self) -> bool:
         """Be asked no more; False when it was not."""
         witness, self.witness = self.witness, None
@@ -234,7 +242,7 @@ class Teleporter:
                 machine.set_state(_S.POWERED_OFF)
                 raise
             self._cancel = threading.Event()
-            self._done.clear()
+            self._given_up = False
         return listener.address
 
     def wait(self, progress: ProgressListener | None) -> TeleportSummary:
@@ -242,9 +250,18 @@ class Teleporter:
         from vmf.teleport.target import TargetOptions, wait_for_teleport
 
         machine = self._machine
-        cancel, listener = self._cancel, self.listener
-        if machine.state is not _S.TELEPORTING_IN or cancel is None or listener is None:
-            raise machine.illegal("waiting for a teleport", "listening")
+        with machine.operation:
+            if self._given_up:
+                raise TeleportCancelled(f"machine {machine.name} was powered off before it waited for a teleport.")
+            cancel, listener = self._cancel, self.listener
+            if machine.state is not _S.TELEPORTING_IN or cancel is None or listener is None:
+                raise machine.illegal("waiting for a teleport", "listening")
+            self._done.clear()  # before the look at `cancel`: who sets it then either is seen or waits for us
+            if cancel.is_set():
+                self._done.set()
+                machine.scrap()
+                machine.set_state(_S.POWERED_OFF)
+                raise TeleportCancelled(f"machine {machine.name} was told not to wait for a teleport.")
         try:
             view = TeleportView(machine)
             text = machine.config.teleporter.password_verifier
