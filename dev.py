@@ -43,7 +43,7 @@ def environment(*, test: bool) -> Path:
     workspace = tomllib.loads((HERE / "pyproject.toml").read_text())
     wanted = workspace["project"]["optional-dependencies"]["test"] if test else []
     sources = [path for member in members() for path in (member / "pyproject.toml", *member.glob("setup.py"))]
-    sources += [path for member in members() for path in sorted(member.glob("src/**/*.c"))]
+    sources += [path for member in members() for path in sorted(member.glob("src/**/*.[ch]"))]
     digest = hashlib.sha256(repr(wanted).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
     stamp = home / f"vmf-{'test' if test else 'run'}.stamp"
     if not stamp.exists() or stamp.read_text() != digest:

@@ -4,17 +4,21 @@ import sys
 
 from setuptools import Extension, setup
 
+HERE = "src/vmf_cpu_unicorn"
+SOURCES = {"_gate": ("_gate", "_gate_hooks", "_gate_pacer"), "_stores": ("_stores",)}
+
 extensions = []
 if sys.platform == "linux":
     extensions += [
         Extension(
             f"vmf_cpu_unicorn.{name}",
-            [f"src/vmf_cpu_unicorn/{name}.c"],
-            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
+            [f"{HERE}/{source}.c" for source in sources],
+            depends=[f"{HERE}/_gate.h"],
+            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"],
             extra_link_args=["-pthread", "-ldl"],
             optional=True,
         )
-        for name in ("_gate", "_stores")
+        for name, sources in SOURCES.items()
     ]
 
 setup(ext_modules=extensions)

@@ -183,7 +183,7 @@ def _port(asm: Assembler, name: str, user: int, handler: int) -> None:
 
 def assemble() -> Assembler:
     asm = Assembler()
-    # exception(uc, vector, user); see on_exception in _gate.c
+    # exception(uc, vector, user); see on_exception in _gate_hooks.c
     asm.label("exception")
     asm.load(RAX, RDX, ENV)
     asm.test_memory(RAX, at.EXCEPTION_IS_INT, 0xFFFF_FFFF)
@@ -223,7 +223,7 @@ def assemble() -> Assembler:
     asm.call_memory(RAX, RAISE_EXCEPTION)
     _port(asm, "in", RCX, PY_IN)
     _port(asm, "out", R8, PY_OUT)
-    # vector_read(uc, offset, size, user): see on_vector_read in _gate.c
+    # vector_read(uc, offset, size, user): see on_vector_read in _gate_hooks.c
     asm.label("vector_read")
     asm.load(RSI, RCX, EXCEPTION, wide=False)
     asm.test(RSI, RSI)
