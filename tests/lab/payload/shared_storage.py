@@ -1,9 +1,12 @@
-"""Two hosts' views of one directory: does everything that keeps two machines apart work there?
+"""Two hosts' views of one directory or block device: does everything that keeps two machines apart work there?
 
     shared_storage.py DIRECTORY_A DIRECTORY_B
+    shared_storage.py 'file:/dev/sda?lease=LEASE_A' 'file:/dev/sdb?lease=LEASE_B' 'file:/dev/sdc?lease=...'
 
-The directories are two mounts of the same export, each with a cache of its own. Prints a line for each step and ends
-with status 0 if all is well. The sides are storages without machines, in processes of their own where one must die.
+The directories are two mounts of the same export, each with a cache of its own. The block devices are two logins to one
+iSCSI target, with a lease on a file system that both hosts see; the third one is another disk of the same size. Prints
+a line for each step and ends with status 0 if all is well. The sides are storages without machines, in processes of
+their own where one must die.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ ROUNDS = 20
 registry = PluginRegistry()
 
 
-def side(name: str, disk: Path, kind: str = "hdd") -> MachineStorage:
-    drives = (DriveConfig(port=0, medium=str(disk), type=kind),)
+def side(name: str, disk: str, kind: str = "hdd") -> MachineStorage:
+    drives = (DriveConfig(port=0, medium=disk, type=kind),)
     return MachineStorage(MachineConfig(name=name, memory_mib=16, drives=drives), registry, print)
 
 
@@ -52,11 +55,13 @@ def refused(storage: MachineStorage) -> str:
 
 
 def main() -> None:
-    one, two = (Path(each) for each in sys.argv[1:3])
-    disk_a, disk_b = one / "disk.img", two / "disk.img"
-    registry.storage("file").create(str(disk_a), 4 << 20)
+    disk_a, disk_b = sys.argv[1:3]
+    directories = Path(disk_a).is_dir()
+    if directories:
+        disk_a, disk_b = f"{disk_a}/disk.img", f"{disk_b}/disk.img"
+        registry.storage("file").create(disk_a, 4 << 20)
     a, b = side("a", disk_a), side("b", disk_b)
-    say(f"on {registry.storage('file').probe(str(disk_a)).where}")
+    say(f"on {registry.storage('file').probe(disk_a).where}")
     a.open()
     write(a, "first")
     say(f"the second machine is refused: {refused(side('thief', disk_b))}")
@@ -65,26 +70,26 @@ def main() -> None:
     assert b.check(a.describe(publish=True)) == [], "the image is not recognised"
     say(f"recognised in {(time.monotonic() - began) * 1e3:.0f} ms; leases decide here: {a.leased}")
 
-    owner, other = a, b
+    owner, heir = a, b
     times = []
     for number in range(ROUNDS):
         write(owner, f"round {number}")
         teleport = f"{number:032x}"
         began = time.monotonic()
         owner.pass_leases(teleport)
-        other.take_leases(teleport)
+        heir.take_leases(teleport)
         times.append(time.monotonic() - began)
-        assert read(other) == f"round {number}", f"stale data at the other side: {read(other)!r}"
+        assert read(heir) == f"round {number}", f"stale data at the other side: {read(heir)!r}"
         try:
             owner.take_leases(teleport)
             raise AssertionError("both sides took the lease")
         except LeaseLost:
             pass
-        owner, other = other, owner
+        owner, heir = heir, owner
     say(f"{ROUNDS} handovers, none lost, {sorted(times)[ROUNDS // 2] * 1e3:.1f} ms each")
 
     try:
-        break_lease(registry, str(disk_b if owner is a else disk_a))
+        break_lease(registry, disk_b if owner is a else disk_a)
         raise AssertionError("the lease of a living owner was broken")
     except ImageInUse as error:
         say(f"a living owner's lease is not broken: {error}")
@@ -92,33 +97,36 @@ def main() -> None:
     b.close()
 
     child = subprocess.Popen(
-        [sys.executable, __file__, "hold", str(disk_a)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+        [sys.executable, __file__, "hold", disk_a], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     refused(side("heir", disk_b))
     child.kill()
     child.wait()
-    assert lease_of(registry, str(disk_b)).alive is False, "the server keeps a dead owner's lock"
+    assert lease_of(registry, disk_b).alive is False, "the server keeps a dead owner's lock"
     heir = side("heir", disk_b)
     heir.open()
     say("a killed owner's image can be used")
     heir.close()
 
     first, second = side("c", disk_a, "dvddrive"), side("d", disk_b, "dvddrive")
-    copy = two / "copy.img"
-    registry.storage("file").copy(str(disk_b), str(copy))
+    if directories:  # of devices the content is compared, so a copy would do
+        other = disk_b.replace("disk.img", "copy.img")
+        registry.storage("file").copy(disk_b, other)
+    else:
+        other = sys.argv[3]
     first.open()
     assert second.check(first.describe(publish=True)) == [], "a medium that is only read is not recognised"
-    found = side("e", copy, "dvddrive").check(first.describe(publish=True))
+    found = side("e", other, "dvddrive").check(first.describe(publish=True))
     assert len(found) == 1, found
-    say(f"a copy is told from the image: {found[0].field}")
+    say(f"another one is told from it: {found[0].field}")
     first.close()
     say("OK")
 
 
 def hold() -> None:
-    storage = side("victim", Path(sys.argv[2]))
+    storage = side("victim", sys.argv[2])
     storage.open()
     write(storage, "held")
     print("held", flush=True)

@@ -40,9 +40,8 @@ class FileDriver(StorageDriver):
         path, _ = _parse(uri)
         descriptor = _open(path, os.O_RDONLY)
         try:
-            status = os.fstat(descriptor)
             size = _size(path, descriptor)
-            regular = stat.S_ISREG(status.st_mode)
+            regular = _is_file(descriptor)
             why = ""
             if not os.access(path, os.W_OK, effective_ids=True):
                 read_only_there = os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
@@ -52,7 +51,7 @@ class FileDriver(StorageDriver):
             return ImageInfo(
                 uri=uri,
                 size=size,
-                allocated=status.st_blocks * 512 if regular else None,
+                allocated=os.fstat(descriptor).st_blocks * 512 if regular else None,
                 writable=not why,
                 why_read_only=why,
                 where=f"file on {kernel.file_system(descriptor)}" if regular else "block device",
@@ -76,6 +75,10 @@ class FileDriver(StorageDriver):
                     f"{path} is {'written' if read_only else 'used'} by another machine or program.",
                     "`vmf media locks` shows by which. Stop that one first.",
                 )
+            if not _is_file(descriptor):
+                # Another host may have written since this one read: a file system looks at the server when a file is
+                # opened, a block device does not, as long as any program here has it open.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             return FileImage(uri, path, descriptor, size, read_only=read_only)
         except BaseException:
             os.close(descriptor)
@@ -102,7 +105,8 @@ class FileDriver(StorageDriver):
         descriptor = _open(path, os.O_RDONLY)
         number = secrets.randbits(40)
         try:
-            if kernel.lock(descriptor, MARKS + number, exclusive=False):
+            # Locks on a block device reach nobody on another host.
+            if _is_file(descriptor) and kernel.lock(descriptor, MARKS + number, exclusive=False):
                 return _LockMark(f"lock:{number}", descriptor)
         except OSError:
             pass  # no locks there
@@ -211,6 +215,11 @@ def _open(path: str, flags: int) -> int:
                 "Give yourself the permission, or attach it with --read-only.",
             ) from error
         raise explain(path, "opened", error) from error
+
+
+def _is_file(descriptor: int) -> bool:
+    """A regular file; otherwise (see `_size`) a block device."""
+    return stat.S_ISREG(os.fstat(descriptor).st_mode)
 
 
 def _size(path: str, descriptor: int) -> int:
