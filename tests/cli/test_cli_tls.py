@@ -82,3 +82,4 @@ def test_the_allow_list_is_kept_and_cleared(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert "no usable certificates" in done.stderr
         assert "vmf tls init" in done.stderr
+        assert "--teleporter-tls-dir" in done.stderr

@@ -77,7 +77,7 @@ def load(directory: Path, role: Role) -> Credentials:
     """Read and check a host's own certificate for `role`. Raises TransportError naming file, reason and remedy."""
     cert, key, ca = directory / cert_file(role), directory / key_file(role), directory / CA_CERT
     for path in (ca, cert, key):
-        _check_readable(path, directory)
+        _check_readable(path, directory, role)
     for path in (directory, ca, cert):
         _check_unchangeable(path)
     _check_private(key)
@@ -148,7 +148,7 @@ def _key_error(error: Exception, cert: Path, key: Path) -> TransportError:
     )
 
 
-def _check_readable(path: Path, directory: Path) -> None:
+def _check_readable(path: Path, directory: Path, role: Role) -> None:
     reason = ""
     if not directory.is_dir():
         reason = f"there is no directory {directory}"
@@ -157,10 +157,11 @@ def _check_readable(path: Path, directory: Path) -> None:
     elif not os.access(path, os.R_OK):
         reason = f"you may not read {path}"
     if reason:
+        where = "--tls-dir" if role == "client" else "`vmf modifyvm NAME --teleporter-tls-dir DIR`"
         raise TransportError(
             f"this host has no usable certificates for teleports over TLS: {reason}.",
             "Make them with `vmf tls init` here, or with `vmf tls issue` where the CA is, "
-            "or name their directory (--tls-dir).",
+            f"or name their directory ({where}).",
         )
 
 
