@@ -292,8 +292,8 @@ static void signal_worker(void)
 			mismatch("signal %d arrived as %d, count %d instead of %d", n, signal_value, signal_count, before + 1);
 		if (n % 200 == 199) {
 			/* the interval timer still fires, and time has passed when it does */
+			int64_t begin = now(CLOCK_MONOTONIC); /* first: an alarm in between is one of the three */
 			int seen = alarms;
-			int64_t begin = now(CLOCK_MONOTONIC);
 			while (alarms < seen + 3)
 				pause();
 			int64_t passed = now(CLOCK_MONOTONIC) - begin;
