@@ -49,6 +49,9 @@ def test_make_attach_show_detach(here: Any, home: Home, tmp_path: Path) -> None:
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "pigeon:x"], 1, "plugin 'pigeon'"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "none"], 1, "no drive at port 0"),
         (["storageattach", "web", "--port", "16", "--type", "hdd", "--medium", "old.img"], 2, "--port"),
+        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "cow.img"], 1, "is a qcow2 image"),
+        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "short-cow.img"], 1, "is a qcow2 image"),
+        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "link.img"], 2, "at port 9 already"),
         (["showmediuminfo", "gone.img"], 1, "there is no image"),
         (["media", "break-lock", "old.img"], 1, "nothing to break"),
     ],
@@ -57,9 +60,25 @@ def test_mistakes_are_one_line(here: Any, tmp_path: Path, arguments: list[str], 
     here("createvm", "web", "--memory", 64)
     (tmp_path / "old.img").write_bytes(bytes(4096))
     (tmp_path / "odd.img").write_bytes(b"odd")
+    (tmp_path / "cow.img").write_bytes(b"QFI\xfb".ljust(4096))
+    (tmp_path / "short-cow.img").write_bytes(b"QFI\xfb".ljust(4100))
+    (tmp_path / "nine.img").write_bytes(bytes(4096))
+    (tmp_path / "link.img").symlink_to("nine.img")
+    here("storageattach", "web", "--port", "9", "--type", "hdd", "--medium", "nine.img")
     done = here(*arguments, status=status)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_is_meant_so_can_be_done(here: Any, tmp_path: Path) -> None:
+    cow = tmp_path / "cow.img"
+    cow.write_bytes(b"QFI\xfb".ljust(4096))
+    assert "begins as a qcow2" in here("showmediuminfo", str(cow)).stdout
+    here("createvm", "web", "--memory", 64)
+    attach = ("storageattach", "web", "--type", "hdd", "--medium", f"file:{cow}?format=raw", "--port")
+    here(*attach, 0, "--read-only")
+    here(*attach, 1, "--read-only")
+    assert "could write it" in here(*attach, 2, status=2).stderr
 
 
 def test_locks_are_shown_and_only_a_dead_owners_is_broken(here: Any, vmf: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,8 @@ def storageattach(name: str, port: int, kind: str, medium: str, read_only: bool,
 
     def change(config: MachineConfig) -> MachineConfig:
         rest = [each for each in config.drives if each.port != port]
+        if drive is not None:
+            _require_once(name, drive, rest)
         if drive is None and len(rest) == len(config.drives):
             raise NotFoundError(f"machine '{name}' has no drive at port {port}.", f"See `vmf showvminfo {name}`.")
         devices = config.devices
@@ -176,7 +179,32 @@ def _look(drive: DriveConfig) -> int:
         raise StorageError(
             f"{drive.medium} cannot be written here: {info.why_read_only}.", "Change that, or attach it --read-only."
         )
+    if info.looks_like:
+        raise StorageError(
+            f"{drive.medium} is a {info.looks_like} image, and files are read as raw images: the guest would see its"
+            " bytes instead of the disk in it.",
+            f"Make it raw (`qemu-img convert -O raw`), serve it by NBD, or, if it is meant so, attach"
+            f" 'file:{drive.medium.removeprefix('file:')}?format=raw'.",
+        )
     return info.size
+
+
+def _require_once(name: str, drive: DriveConfig, others: Iterable[DriveConfig]) -> None:
+    """Raise ConfigError when the machine has that image already, and could write it."""
+    for other in others:
+        if drive.medium and _file_of(drive.medium) == _file_of(other.medium) and (drive.writable or other.writable):
+            raise ConfigError(
+                f"machine '{name}' has {drive.medium} at port {other.port} already, and one of the two could write it.",
+                f"Take it out there (`vmf storageattach {name} --port {other.port} --type {other.type} --medium none`),"
+                f" or attach both with --read-only.",
+            )
+
+
+def _file_of(medium: str) -> str:
+    """The same for two names of one image, as far as that can be seen without looking into it."""
+    from vmf.storage.uri import scheme_of
+
+    return os.path.realpath(medium.removeprefix("file:").partition("?")[0]) if scheme_of(medium) == "file" else medium
 
 
 def _installed(name: str) -> bool:
@@ -213,7 +241,7 @@ def showmediuminfo(medium: str, as_json: bool) -> None:
     writable = "yes" if info.writable else f"no, {info.why_read_only}"
     rows = [
         ("Medium", info.uri),
-        ("Format", info.format),
+        ("Format", info.format + (f" (but it begins as a {info.looks_like} image)" if info.looks_like else "")),
         ("Where", info.where),
         ("Size", f"{size(info.size)} ({info.size} bytes)"),
         ("Takes", "" if info.allocated is None else size(info.allocated)),

@@ -31,6 +31,11 @@ MARKS = 1 << 61
 FICLONE = 0x40049409  # <linux/fs.h>
 COPY_STEP = 16 << 20
 MAX_SIZE = 1 << 60
+_FORMATS = (
+    (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"vhdxfile", "vhdx"), (0, b"conectix", "vhd"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+)  # fmt: skip
+"""(offset, what stands there, name) of other programs' image formats."""
 
 
 class FileDriver(StorageDriver):
@@ -55,6 +60,7 @@ class FileDriver(StorageDriver):
                 writable=not why,
                 why_read_only=why,
                 where=f"file on {kernel.file_system(descriptor)}" if regular else "block device",
+                looks_like="" if _declared_raw(uri) else _looks_like(descriptor),
             )
         finally:
             os.close(descriptor)
@@ -190,7 +196,11 @@ def _parse(uri: str) -> tuple[str, str]:
     """(path of the image, path of its lease or "")."""
     if os.path.isabs(uri):
         return uri, ""
-    base, options = split_options(uri, ("lease",))
+    base, options = split_options(uri, ("lease", "format"))
+    if options.get("format", "raw") != "raw":
+        raise ConfigError(
+            f"medium {uri}: files are read as raw images only.", "For others see `docs/how-to/shared-storage.md`."
+        )
     path = unquote(base.removeprefix("file:"))
     if path.startswith("//"):
         path = path.removeprefix("//").removeprefix("localhost")
@@ -198,6 +208,16 @@ def _parse(uri: str) -> tuple[str, str]:
         if not os.path.isabs(each):
             raise ConfigError(f"medium {uri}: {each or 'it'} is no absolute path.", "Write file:/the/whole/path.")
     return path, options.get("lease", "")
+
+
+def _declared_raw(uri: str) -> bool:
+    return not os.path.isabs(uri) and "format" in split_options(uri, ("lease", "format"))[1]
+
+
+def _looks_like(descriptor: int) -> str:
+    """The name of the format as which the content begins; "" for a raw image, as far as can be seen."""
+    start = os.pread(descriptor, 512, 0)
+    return next((name for at, mark, name in _FORMATS if start[at:].startswith(mark)), "")
 
 
 def _open(path: str, flags: int) -> int:
@@ -229,6 +249,12 @@ def _size(path: str, descriptor: int) -> int:
         raise StorageError(f"{path} is neither a file nor a block device.", "Name a disk image.")
     size = os.lseek(descriptor, 0, os.SEEK_END)
     if size % SECTOR_SIZE or not size:
+        found = _looks_like(descriptor)
+        if found:
+            raise StorageError(
+                f"{path} is a {found} image, and files are read as raw images.",
+                f"Make it raw: `qemu-img convert -O raw {path} {path}.raw`.",
+            )
         raise StorageError(
             f"{path} has {size} bytes, which is no disk: a disk has a multiple of {SECTOR_SIZE}.",
             f"Is it a raw image? It could be padded with `truncate --size %{SECTOR_SIZE} {path}`.",
