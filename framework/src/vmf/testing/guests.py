@@ -247,6 +247,13 @@ def debian_kernel() -> Found:
 
 
 @functools.cache
+def kernel_of(package: str) -> Found:
+    """The kernel (a bzImage) of another of Debian's packages, `linux-image-amd64` for one, from the cache or by apt."""
+    follow = None if re.search(r"\d", package.removesuffix("amd64")) else r"Depends: (linux-image-\S*amd64)"
+    return _fetched(f"vmlinuz-{package}", "", package, follow, r"\./boot/vmlinuz-.*")
+
+
+@functools.cache
 def busybox() -> Found:
     """A statically linked busybox for amd64, from the cache or by apt."""
     return _fetched("busybox", "VMF_BUSYBOX", BUSYBOX_PACKAGE, None, r"\./(usr/)?bin/busybox")
