@@ -100,6 +100,9 @@ def test_a_running_machine_goes_back_and_goes_on(host: Host, disk: Path, tmp_pat
     assert on_disk(disk) == at_snapshot
     assert json.loads(vmf(host, "snapshot", "vm", "list", "--json"))[0]["next_start"]
     assert "next start" in host.vmf("snapshot", "vm", "delete", "first").stderr
+    vmf(host, "modifyvm", "vm", "--memory", "64")  # a start that is refused uses nothing up
+    assert "cannot go on from snapshot 'first'" in host.vmf("startvm", "vm", "--detach").stderr
+    vmf(host, "modifyvm", "vm", "--memory", "96")
 
     host.start("vm")
     host.wait_for_more("vm", b"counted ", timeout=100)

@@ -399,7 +399,17 @@ def resume(machine: Machine, store: SnapshotStore) -> bool:
                 f"Put it back once more (`vmf snapshot {machine.name} restore {name}`), or boot it"
                 f" (`vmf snapshot {machine.name} discard-state`).",
             )
-    directory = store.path(name)
+    try:
+        _bring_back(machine, name, store.path(name))
+    except BaseException:
+        # Nothing was written to the disks: the next try finds them as they are.
+        store.note_resume(name, _generations(machine.storage))
+        raise
+    return True
+
+
+def _bring_back(machine: Machine, name: str, directory: Path) -> None:
+    """Memory, vCPU and devices as they were. Raises StateError."""
     try:
         plain = codec.decode((directory / "state.cbor").read_bytes())
         description = plain["description"]
@@ -409,7 +419,6 @@ def resume(machine: Machine, store: SnapshotStore) -> bool:
     _plug(machine, name, description)
     _read_ram(machine.hardware.memory, directory / "ram.img")
     machine.hardware.restore(payloads)
-    return True
 
 
 def _plug(machine: Machine, name: str, description: Mapping[str, Any]) -> None:

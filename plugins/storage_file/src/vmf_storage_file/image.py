@@ -16,8 +16,8 @@ IOV_MAX = 1024
 ZEROES = bytes(1 << 20)
 
 _REASONS = {
-    errno.ENOSPC: ("its file system is full", "Free some space there; the guest sees write errors until then."),
-    errno.EDQUOT: ("the quota for it is used up", "Free some space there; the guest sees write errors until then."),
+    errno.ENOSPC: ("the file system is full", "Free some space there; a guest sees write errors until then."),
+    errno.EDQUOT: ("the quota for it is used up", "Free some space there; a guest sees write errors until then."),
     errno.EFBIG: ("it would become larger than its file system allows", "Keep it on another file system."),
     errno.EIO: ("its storage failed", "Look into the host's kernel log; was a lock at the file server lost?"),
     errno.ESTALE: ("it was removed or replaced at the file server", "Put it back, and start the machine anew."),
