@@ -82,6 +82,13 @@ def test_mistakes_are_one_line_with_a_remedy(here: Any, arguments: list[str], st
     assert said in done.stderr
 
 
+@pytest.mark.parametrize("words", [[], ["controlvm"], ["cpuid"], ["list"], ["media"]])
+def test_half_a_command_shows_its_help(here: Any, words: list[str]) -> None:
+    result = here(*words, status=2)
+    assert (result.stdout + result.stderr).startswith("Usage: vmf ")
+    assert len((result.stdout + result.stderr).splitlines()) > 5
+
+
 def test_several_mistakes_are_a_line_each(here: Any) -> None:
     done = here("createvm", "new", "--memory", 0, "--cmdline", "x\ty", "--cpu-backend", "auto", status=2)
     assert [line.split(": ")[3].split(" =")[0] for line in done.stderr.splitlines()] == [

@@ -142,6 +142,10 @@ def cli() -> None:
     """
 
 
+_ONLY_HELP: type[Exception] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""How click 8.2 and newer ask for help to be shown; older ones show it themselves."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends the process."""
     if arguments is None:
@@ -160,6 +164,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _report(error)
     except click.UsageError as error:
         context = error.ctx
+        if context is not None and isinstance(error, _ONLY_HELP):
+            click.echo(context.get_help(), err=True)
+            return 2
         hint = f" See `{context.command_path} --help`." if context is not None else ""
         _line(f"vmf: error: {error.format_message().rstrip()}{hint}")
         return 2
