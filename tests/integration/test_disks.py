@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import shutil
@@ -204,6 +205,48 @@ def test_what_was_acknowledged_survives_a_kill(hosts: tuple[Host, Host], tmp_pat
     assert b"MISMATCH" not in output
 
 
+_KEEP_FILES = """
+mount -t ext4 /dev/vda /mnt; i=0
+while true; do
+    i=$((i+1)); head -c 100000 /dev/urandom > /mnt/new; sum=$(sha256sum < /mnt/new); mv /mnt/new /mnt/f$i; sync
+    echo "kept $i ${sum%% *} "; [ $i -gt 20 ] && rm /mnt/f$((i-20))
+done
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_file_system_survives_a_kill(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """SIGKILL while files are written and deleted: the journal is replayed, and what was synchronised is there."""
+    tools = "/usr/sbin:/sbin:/usr/bin:/bin"
+    mkfs, fsck, debugfs = (shutil.which(name, path=tools) for name in ("mkfs.ext4", "e2fsck", "debugfs"))
+    if mkfs is None or fsck is None or debugfs is None:
+        pytest.skip("mkfs.ext4, e2fsck or debugfs is missing (apt install e2fsprogs)")
+    try:
+        guest = disks.disk_guest(_KEEP_FILES)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    disk, host = blank(tmp_path), hosts[0]
+    subprocess.run([mkfs, "-q", "-F", str(disk)], check=True)
+    host.define(machine(guest, disk))
+    host.start("box")
+    host.wait_for_output("box", b"kept 25 ", 120)
+    host.kill("box")
+    host.wait_gone("box")
+    repaired = subprocess.run([fsck, "-fp", str(disk)], capture_output=True, text=True)
+    assert repaired.returncode in (0, 1), (
+        repaired.stdout
+    )  # 1: the journal was replayed, or the free blocks counted anew
+    checked = subprocess.run([fsck, "-fn", str(disk)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    out = tmp_path / "files"
+    out.mkdir()
+    subprocess.run([debugfs, "-R", f"rdump / {out}", str(disk)], check=True, capture_output=True)
+    kept = re.findall(rb"kept (\d+) ([0-9a-f]{64}) ", host.output("box"))
+    for number, digest in kept[-15:]:
+        content = (out / f"f{int(number)}").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest.decode(), f"f{int(number)} was synchronised"
+
+
 @pytest.mark.timeout(300)
 def test_pauses_resets_and_another_engine_under_load(tmp_path: Path) -> None:
     screen = Screen(machine(diskcheck(f"check /dev/vda -m {DISK_MIB}"), blank(tmp_path)))
@@ -256,18 +299,26 @@ def test_read_only_media_empty_drives_entropy_and_console(tmp_path: Path) -> Non
 def test_media_are_changed_while_the_machine_runs(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """By the command, with the errors that people make; and the machine teleports with the new one."""
     look = "dd if=/dev/vdb bs=9 count=1 2>/dev/null"
+    write = "dd of=/dev/vdc bs=512 conv=sync,fsync,notrunc 2>/dev/null"
     try:
-        guest = disks.disk_guest(f'while sleep 0.2; do echo "vdb $(cat /sys/block/vdb/size) $({look}) "; done')
+        guest = disks.disk_guest(
+            f'while sleep 0.2; do echo "vdb $(cat /sys/block/vdb/size) $({look}) ";'
+            f' size=$(cat /sys/block/vdc/size); echo "on $size" | {write} && echo "vdc $size written"; done'
+        )
     except FileNotFoundError as error:
         pytest.skip(str(error))
     for name, sectors in (("first", 2048), ("second", 4096)):
         (tmp_path / f"{name}.iso").write_bytes(f"{name:9}".encode().ljust(512 * sectors, b"\0"))
+    floppies = [tmp_path / "one.flp", tmp_path / "two.flp"]
+    for floppy, sectors in zip(floppies, (2880, 5760), strict=True):
+        floppy.write_bytes(bytes(512 * sectors))
     drive = DriveConfig(port=1, type="dvddrive", medium=str(tmp_path / "first.iso"))
     config = machine(guest, blank(tmp_path, 4))
+    one, two = (DriveConfig(port=2, type="floppy", medium=str(floppy)) for floppy in floppies)
     source, target = hosts
-    source.define(attrs.evolve(config, drives=(*config.drives, drive)))
+    source.define(attrs.evolve(config, drives=(*config.drives, drive, one)))
     second = attrs.evolve(drive, medium=str(tmp_path / "second.iso"))
-    target.define(attrs.evolve(config, drives=(*config.drives, second)))
+    target.define(attrs.evolve(config, drives=(*config.drives, second, two)))
     source.start("box")
     source.wait_for_output("box", b"vdb 2048 first ", 120)
 
@@ -283,10 +334,18 @@ def test_media_are_changed_while_the_machine_runs(hosts: tuple[Host, Host], tmp_
     source.wait_for_output("box", b"vdb 0 ")
     assert "second.iso in it" in change(1, str(tmp_path / "second.iso"))
     source.wait_for_output("box", b"vdb 4096 second ")
+    # A floppy is written, and belongs to the machine for as long as it is in the drive.
+    source.wait_for_output("box", b"vdc 2880 written")
+    assert "held by machine box" in target.vmf("media", "locks", str(floppies[0])).stdout
+    assert "two.flp in it" in change(2, str(floppies[1]))
+    source.wait_for_output("box", b"vdc 5760 written")
+    assert [floppy.read_bytes()[:8] for floppy in floppies] == [b"on 2880\n", b"on 5760\n"]
+    assert "given up by machine box" in target.vmf("media", "locks", str(floppies[0])).stdout
     port = target.wait("box")
     with source.client("box") as client:
         client.teleport("127.0.0.1", port)
     target.wait_for_output("box", b"vdb 4096 second ")
+    target.wait_for_output("box", b"vdc 5760 written")
 
 
 def test_a_machine_without_virtio_is_as_before() -> None:
