@@ -15,7 +15,7 @@ from vmf.cpuid.features import BY_NAME, features_of, with_features
 from vmf.cpuid.layout import ADDRESS_LEAF, with_vendor
 from vmf.cpuid.levels import LEVELS
 from vmf.cpuid.table import CpuidTable
-from vmf.errors import TeleportBlocked
+from vmf.errors import StateError, TeleportBlocked
 from vmf.machine.config import MachineConfig
 from vmf.machine.machine import Machine
 from vmf.machine.teleport_view import TeleportView
@@ -176,6 +176,23 @@ def test_a_source_asks_with_its_present_state(target: Machine) -> None:
         with pytest.raises(TeleportBlocked, match="cr4"):
             source.teleport("127.0.0.1", address.port)
         assert source.state.value == "paused"
+
+        refusals = 0
+
+        def refuse() -> VcpuState:
+            nonlocal refusals
+            refusals += 1
+            if refusals > enough:
+                return armed
+            raise StateError("vCPU state: the guest is in the middle of it.", "Wait.")
+
+        hardware.thread.call(lambda: setattr(hardware.vcpu, "save", refuse))
+        enough = 2  # it passes
+        assert source.check_teleport("127.0.0.1", address.port) == ()
+        refusals, enough = 0, 1000
+        (found,) = source.check_teleport("127.0.0.1", address.port)
+        assert (found.field, found.source) == ("vCPU state", "the guest is in the middle of it")
+        assert found.remedy == "Wait."
         waits.cancel_teleport(wait=True)
         thread.join(20)
 

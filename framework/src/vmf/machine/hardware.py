@@ -36,6 +36,9 @@ CONSOLE_KIND = "vmf.console"
 
 CONSOLE_RETRY_NS = 1_000_000
 """How soon input that the serial port had no room for is offered again."""
+STATE_ATTEMPTS = 4
+STATE_PAUSE_S = 0.005
+"""A guest that is in the middle of something may be through with it then."""
 
 DeviceFactory = Callable[[DeviceEnvironment], Sequence[Device]]
 
@@ -206,6 +209,26 @@ class Hardware:
                 return None
 
         return self.thread.call(save)
+
+    def state_refusal(self) -> StateError | None:
+        """Why the vCPU's state cannot be saved, whatever its backend's reason is; None where it can. What is merely in
+        flight has passed at one of a few attempts."""
+
+        def attempt() -> StateError | None:
+            if self._vcpu is not None:
+                try:
+                    self._vcpu.save()
+                except StateError as error:
+                    return error
+            return None
+
+        refusal = self.thread.call(attempt)
+        for _ in range(STATE_ATTEMPTS - 1):
+            if refusal is None:
+                break
+            time.sleep(STATE_PAUSE_S)
+            refusal = self.thread.call(attempt)
+        return refusal
 
     def try_state(self, state: VcpuState) -> VcpuState:
         """Put a state into the vCPU, which has not run yet, and read it back. Raises StateError."""

@@ -146,6 +146,9 @@ class TeleportView:
         ]
         if role == "source":
             found += self._machine.storage.local_blockers()
+            if (refusal := self._machine.hardware.state_refusal()) is not None:
+                what = refusal.message.removeprefix("vCPU state: ").rstrip(".")
+                found.append(Blocker("vCPU state", what, "-", refusal.remedy or "Try again later."))
         found += self._snapshot_blockers(role)
         found += self._machine.registry.hooks.preflight_check(self.name, role, self.describe())
         return found
