@@ -221,6 +221,9 @@ def test_altered_bytes_are_noticed(pair: tuple[TlsChannel, TlsChannel]) -> None:
         target.recv_into(memoryview(bytearray(4)))
     assert not isinstance(caught.value, TransportClosed)
     assert "\n" not in str(caught.value)
+    assert "what came had been altered on the way" in str(caught.value)
+    with pytest.raises(TransportError, match="what came there had been altered on the way"):
+        source.recv_into(memoryview(bytearray(4)))
 
 
 def test_replayed_bytes_are_noticed(listening: Listening, certs: Path) -> None:

@@ -82,9 +82,15 @@ class TlsChannel(SocketChannel):
         self._check_open()
         if isinstance(error, ssl.SSLZeroReturnError):
             self._ended()
-        reason = (error.reason or str(error)).replace("_", " ").lower()
+        reason = error.reason or str(error)
+        if "ALERT" in reason and "BAD_RECORD_MAC" in reason:
+            what = "what came there had been altered on the way, or was said twice, late or not at all"
+        elif "BAD_RECORD_MAC" in reason or "DIGEST_CHECK_FAILED" in reason:
+            what = "what came had been altered on the way, or was said twice, late or not at all"
+        else:
+            what = reason.replace("_", " ").lower()
         raise TransportError(
-            f"the encrypted connection to {self.remote} broke ({doing}): {reason}.",
+            f"the encrypted connection to {self.remote} broke ({doing}): {what}.",
             "Something on the way alters the data, or the other side failed. Teleport again.",
         ) from error
 
