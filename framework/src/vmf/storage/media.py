@@ -88,7 +88,7 @@ def lease_of(registry: Drivers, medium: str) -> LeaseView:
         try:
             found = rules.decode(store.read())
         except StorageError as error:
-            return LeaseView(store.place, "damaged", text=error.message)
+            return LeaseView(store.place, "damaged", text=error.message.removesuffix("."))
         if found is None:
             return LeaseView(store.place, "none", decides=store.excludes)
         return LeaseView(
