@@ -1,14 +1,22 @@
 #!/bin/sh
-# Serve and mount an NFS 4.2 and an SMB share twice each in the lab, and run shared_storage.py on both.
+# What the images' hosts share, twice each as two hosts have it: an NFS 4.2 and an SMB share mounted, an iSCSI disk logged
+# in to. On each of them shared_storage.py, and with `machines` shared_machines.py.
 #
-# The servers come along; on the host (Debian packages, unpacked, not installed; all libraries that `ldd` names, too):
-#     apt-get download nfs-ganesha nfs-ganesha-vfs samba ...; for deb in *.deb; do dpkg -x $deb srv; done
-#     truncate -s 64M srv/fs.img; mkfs.ext4 -q -F srv/fs.img
-#     python tests/lab/lab.py run --timeout 900 --copy srv:srv -- sh /lab/tree/tests/lab/payload/mount_shares.sh
+# The servers come along:
+#     sh tests/lab/payload/fetch_servers.sh srv
+#     python tests/lab/lab.py run --timeout 900 --copy srv:srv -- sh /lab/tree/tests/lab/payload/mount_shares.sh machines
+#
+#     mount_shares.sh [machines] [nfs] [smb] [iscsi]       all three, unless some are named
 SERVERS=/lab/srv
 LIBRARIES=$(find $SERVERS -name "*.so*" -printf '%h\n' | sort -u | tr '\n' ':')
-CHECK=$(dirname "$0")/shared_storage.py
-for module in loop nfs nfsv4 cifs; do modprobe $module; done
+PAYLOAD=$(dirname "$0")
+MACHINES=; WANTED=
+for word in "$@"; do
+    if [ "$word" = machines ]; then MACHINES=yes; else WANTED="$WANTED $word"; fi
+done
+WANTED=${WANTED:-nfs smb iscsi}
+wanted() { case " $WANTED " in *" $1 "*) true ;; *) false ;; esac; }
+for module in loop nfs nfsv4 cifs sd_mod iscsi_tcp; do modprobe $module; done
 mkdir -p /tmp/export /tmp/n1 /tmp/n2 /tmp/s1 /tmp/s2 /tmp/recovery /tmp/smb /run/ganesha
 # The lab's root is read-only, and ganesha finds file systems in /etc/mtab.
 cp -a /etc /tmp/etc && mount --bind /tmp/etc /etc && ln -sf /proc/self/mounts /etc/mtab
@@ -47,12 +55,21 @@ guest ok = yes
 read only = no
 force user = root
 END
-export LD_LIBRARY_PATH=$LIBRARIES
-$SERVERS/usr/bin/ganesha.nfsd -F -L /tmp/ganesha.log -f /tmp/ganesha.conf -p /tmp/ganesha.pid &
-$SERVERS/usr/sbin/smbd -F --no-process-group -s /tmp/smb.conf < /dev/null > /tmp/smbd.out 2>&1 &
-unset LD_LIBRARY_PATH
+FAILED=0
 
-# mount TYPE OPTIONS WHAT WHERE, until the server answers. No helper programs: the kernel takes the options itself.
+# check NAME MEDIUM_A MEDIUM_B [OTHER]: both programs; a directory or a medium for each host.
+check() {
+    name=$1
+    shift
+    echo "=== $name"
+    python3 "$PAYLOAD/shared_storage.py" "$@" || { echo "=== $name: FAILED"; FAILED=1; return; }
+    [ -z "$MACHINES" ] || python3 "$PAYLOAD/shared_machines.py" "$1" "$2" || { echo "=== $name: FAILED"; FAILED=1; }
+}
+
+# with COMMAND...: one of the programs that came along.
+with() { LD_LIBRARY_PATH=$LIBRARIES "$@"; }
+
+# try_mount TYPE OPTIONS WHAT WHERE, until the server answers. No helper programs: the kernel takes the options itself.
 try_mount() {
     for attempt in 1 2 3 4 5 6 7 8; do
         mount -i -t "$1" -o "$2" "$3" "$4" 2>/dev/null && return 0
@@ -62,10 +79,61 @@ try_mount() {
     tail -5 /tmp/ganesha.log /tmp/smbd.out
     exit 4
 }
+
+# NFS in any case: it keeps the lease of the iSCSI disk.
+with $SERVERS/usr/bin/ganesha.nfsd -F -L /tmp/ganesha.log -f /tmp/ganesha.conf -p /tmp/ganesha.pid &
 for place in n1 n2; do
     try_mount nfs4 vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,nosharecache 127.0.0.1:/export /tmp/$place
 done
-for place in s1 s2; do
-    try_mount cifs ip=127.0.0.1,vers=3.0,cache=none,nosharesock,username=x,password= //127.0.0.1/share /tmp/$place
-done
-python3 "$CHECK" /tmp/n1 /tmp/n2 && python3 "$CHECK" /tmp/s1 /tmp/s2
+if wanted nfs; then check "NFS 4.2" /tmp/n1 /tmp/n2; fi
+
+if wanted smb; then
+    with $SERVERS/usr/sbin/smbd -F --no-process-group -s /tmp/smb.conf < /dev/null > /tmp/smbd.out 2>&1 &
+    for place in s1 s2; do
+        try_mount cifs ip=127.0.0.1,vers=3.0,cache=none,nosharesock,username=x,password= //127.0.0.1/share /tmp/$place
+    done
+    check "SMB 3" /tmp/s1 /tmp/s2
+fi
+
+# iSCSI: two initiators, each with a session and so a disk of its own, and a second target for "another disk".
+disk_of() { # INITIATOR TARGET: /dev/sdX
+    for session in /sys/class/iscsi_session/*; do
+        [ "$(cat "$session/initiatorname")" = "$1" ] && [ "$(cat "$session/targetname")" = "$2" ] || continue
+        for disk in "$session"/device/target*/*:1/block/*; do [ -e "$disk" ] && echo "/dev/${disk##*/}"; done
+    done
+}
+if wanted iscsi; then
+    TARGET=iqn.2026-01.example
+    mkdir -p /run/tgtd /run/lock/iscsi /etc/iscsi
+    cp $SERVERS/etc/iscsi/iscsid.conf /etc/iscsi/
+    with $SERVERS/usr/sbin/tgtd -f --iscsi portal=0.0.0.0:3260 > /tmp/tgtd.out 2>&1 &
+    admin() { with $SERVERS/usr/sbin/tgtadm --lld iscsi "$@"; }
+    for attempt in 1 2 3 4 5 6 7 8; do admin --op show --mode sys > /dev/null 2>&1 && break; sleep 1; done
+    number=0
+    for name in web other; do
+        number=$((number + 1))
+        truncate -s 4M /tmp/$name.lun
+        admin --op new --mode target --tid $number -T $TARGET:$name
+        admin --op new --mode logicalunit --tid $number --lun 1 -b /tmp/$name.lun
+        admin --op bind --mode target --tid $number -I ALL
+    done
+    login() { # INITIATOR TARGET ADDRESS
+        with $SERVERS/sbin/iscsistart -i "$1" -t "$2" -g 1 -a "$3" -p 3260 > /tmp/login.out 2>&1 ||
+            { echo "cannot log in to $2 as $1"; cat /tmp/login.out /tmp/tgtd.out; exit 5; }
+        for attempt in 1 2 3 4 5 6 7 8; do [ -n "$(disk_of "$1" "$2")" ] && return; sleep 1; done
+        echo "no disk of $2 for $1"
+        ls -l /sys/class/iscsi_session/*/device/*
+        dmesg | tail -20
+        exit 5
+    }
+    login $TARGET:host-a $TARGET:web 127.0.0.1
+    login $TARGET:host-b $TARGET:web 127.0.0.2
+    login $TARGET:host-b $TARGET:other 127.0.0.2
+    DISK_A=$(disk_of $TARGET:host-a $TARGET:web)
+    DISK_B=$(disk_of $TARGET:host-b $TARGET:web)
+    OTHER=$(disk_of $TARGET:host-b $TARGET:other)
+    echo "host a has $DISK_A, host b $DISK_B; another disk is $OTHER"
+    check iSCSI "file:$DISK_A?lease=/tmp/n1/web.lease" "file:$DISK_B?lease=/tmp/n2/web.lease" \
+        "file:$OTHER?lease=/tmp/n2/other.lease"
+fi
+exit $FAILED
