@@ -12,7 +12,7 @@ from vmf.errors import NotFoundError, StorageError
 from vmf.storage.base import SECTOR_SIZE
 from vmf_storage_nbd import protocol as p
 from vmf_storage_nbd.address import NbdAddress, connect, tls_context
-from vmf_storage_nbd.stream import Stream, TlsStream
+from vmf_storage_nbd.stream import Stream, TlsStream, hurry, send_at_once
 
 
 @frozen
@@ -66,6 +66,7 @@ class _Handshake:
     def __init__(self, address: NbdAddress, connection: socket.socket) -> None:
         self._address = address
         self._socket = connection
+        send_at_once(connection)
 
     def go(self, export: str) -> tuple[Stream, Export]:
         if self._receive(8) != p.INIT_MAGIC or self._receive(8) != p.OPTION_MAGIC:
@@ -156,6 +157,7 @@ class _Handshake:
     def _receive(self, size: int) -> bytes:
         data = bytearray()
         while len(data) < size:
+            hurry(self._socket)
             piece = self._socket.recv(size - len(data))
             if not piece:
                 raise EOFError("it closed the connection")

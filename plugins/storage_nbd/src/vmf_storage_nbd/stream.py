@@ -23,15 +23,33 @@ class Closed(OSError):
     """The server closed the connection."""
 
 
+def _is_tcp(connection: socket.socket) -> bool:
+    return connection.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def hurry(connection: socket.socket) -> None:
+    """Before a receive: acknowledge at once what comes. Linux forgets it each time.
+
+    Else the server's next packet may wait 40 ms for our delayed acknowledgement.
+    """
+    if _QUICKACK is not None and _is_tcp(connection):
+        connection.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+
+
+def send_at_once(connection: socket.socket) -> None:
+    """No packet of ours waits for an acknowledgement of the one before."""
+    if _is_tcp(connection):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 class Stream:
     """A plain one. All methods raise OSError."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(None)
         self._socket = connection
-        self._tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
-        if self._tcp:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_at_once(connection)
+        if _is_tcp(connection):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
@@ -49,9 +67,7 @@ class Stream:
     def receive(self, buffer: memoryview) -> None:
         """Fill it."""
         while buffer.nbytes:
-            if self._tcp and _QUICKACK is not None:
-                # Else the server's next packet may wait for our delayed acknowledgement; Linux forgets it each time.
-                self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+            hurry(self._socket)
             count = self._socket.recv_into(buffer)
             if not count:
                 raise Closed("the server closed the connection")
