@@ -85,25 +85,25 @@ with $SERVERS/usr/bin/ganesha.nfsd -F -L /tmp/ganesha.log -f /tmp/ganesha.conf -
 for place in n1 n2; do
     try_mount nfs4 vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,nosharecache 127.0.0.1:/export /tmp/$place
 done
-if wanted nfs; then check "NFS 4.2" /tmp/n1 /tmp/n2; fi
-
-if wanted smb; then
-    with $SERVERS/usr/sbin/smbd -F --no-process-group -s /tmp/smb.conf < /dev/null > /tmp/smbd.out 2>&1 &
-    for place in s1 s2; do
-        try_mount cifs ip=127.0.0.1,vers=3.0,cache=none,nosharesock,username=x,password= //127.0.0.1/share /tmp/$place
-    done
-    check "SMB 3" /tmp/s1 /tmp/s2
-fi
-
 # iSCSI: two initiators, each with a session and so a disk of its own, and a second target for "another disk".
 disk_of() { # INITIATOR TARGET: /dev/sdX
     for session in /sys/class/iscsi_session/*; do
-        [ "$(cat "$session/initiatorname")" = "$1" ] && [ "$(cat "$session/targetname")" = "$2" ] || continue
+        [ "$(cat "$session/initiatorname" 2>/dev/null)" = "$1" ] || continue
+        [ "$(cat "$session/targetname")" = "$2" ] || continue
         for disk in "$session"/device/target*/*:1/block/*; do [ -e "$disk" ] && echo "/dev/${disk##*/}"; done
     done
 }
-if wanted iscsi; then
-    TARGET=iqn.2026-01.example
+TARGET=iqn.2026-01.example
+login() { # INITIATOR TARGET ADDRESS
+    with $SERVERS/sbin/iscsistart -i "$1" -t "$2" -g 1 -a "$3" -p 3260 > /tmp/login.out 2>&1 ||
+        { echo "cannot log in to $2 as $1"; cat /tmp/login.out /tmp/tgtd.out; return 1; }
+    for attempt in 1 2 3 4 5 6 7 8; do [ -n "$(disk_of "$1" "$2")" ] && return 0; sleep 1; done
+    echo "no disk of $2 for $1"
+    ls -l /sys/class/iscsi_session/*/device/*
+    dmesg | tail -20
+    return 1
+}
+iscsi() {
     mkdir -p /run/tgtd /run/lock/iscsi /etc/iscsi
     cp $SERVERS/etc/iscsi/iscsid.conf /etc/iscsi/
     with $SERVERS/usr/sbin/tgtd -f --iscsi portal=0.0.0.0:3260 > /tmp/tgtd.out 2>&1 &
@@ -117,23 +117,23 @@ if wanted iscsi; then
         admin --op new --mode logicalunit --tid $number --lun 1 -b /tmp/$name.lun
         admin --op bind --mode target --tid $number -I ALL
     done
-    login() { # INITIATOR TARGET ADDRESS
-        with $SERVERS/sbin/iscsistart -i "$1" -t "$2" -g 1 -a "$3" -p 3260 > /tmp/login.out 2>&1 ||
-            { echo "cannot log in to $2 as $1"; cat /tmp/login.out /tmp/tgtd.out; exit 5; }
-        for attempt in 1 2 3 4 5 6 7 8; do [ -n "$(disk_of "$1" "$2")" ] && return; sleep 1; done
-        echo "no disk of $2 for $1"
-        ls -l /sys/class/iscsi_session/*/device/*
-        dmesg | tail -20
-        exit 5
-    }
-    login $TARGET:host-a $TARGET:web 127.0.0.1
-    login $TARGET:host-b $TARGET:web 127.0.0.2
-    login $TARGET:host-b $TARGET:other 127.0.0.2
+    login $TARGET:host-a $TARGET:web 127.0.0.1 && login $TARGET:host-b $TARGET:web 127.0.0.2 &&
+        login $TARGET:host-b $TARGET:other 127.0.0.2 || { FAILED=1; return; }
     DISK_A=$(disk_of $TARGET:host-a $TARGET:web)
     DISK_B=$(disk_of $TARGET:host-b $TARGET:web)
     OTHER=$(disk_of $TARGET:host-b $TARGET:other)
     echo "host a has $DISK_A, host b $DISK_B; another disk is $OTHER"
     check iSCSI "file:$DISK_A?lease=/tmp/n1/web.lease" "file:$DISK_B?lease=/tmp/n2/web.lease" \
         "file:$OTHER?lease=/tmp/n2/other.lease"
+}
+if wanted iscsi; then iscsi; fi
+
+if wanted smb; then
+    with $SERVERS/usr/sbin/smbd -F --no-process-group -s /tmp/smb.conf < /dev/null > /tmp/smbd.out 2>&1 &
+    for place in s1 s2; do
+        try_mount cifs ip=127.0.0.1,vers=3.0,cache=none,nosharesock,username=x,password= //127.0.0.1/share /tmp/$place
+    done
+    check "SMB 3" /tmp/s1 /tmp/s2
 fi
+if wanted nfs; then check "NFS 4.2" /tmp/n1 /tmp/n2; fi
 exit $FAILED
