@@ -179,7 +179,7 @@ def test_debian_teleports_between_kvm_and_unicorn_under_stress(kvm_lab: Lab, lab
     as there is time for, at least one of each kind: a move takes half a minute, on a busy machine a whole one."""
     command = ["python3", "tests/lab/payload/teleport_debian.py", "--switch", "--timeout", "200"]
     if not lab_is_full:
-        command += ["--within", "240"]
+        command += ["--within", "150"]
     result = kvm_lab.run(command, timeout=1800 if lab_is_full else 540, directory=tmp_path / "back")
     print(result.stdout)
     assert result.status == 0, result.stdout + result.stderr
