@@ -224,6 +224,11 @@ def _zero_numbers(
     out[:] = zero
 
 
+def _none_zero(words: npt.NDArray[np.uint64], runs: PageRuns) -> bool:
+    """Whether it shows in the pages' first words already that none is zero; only of few runs is it asked."""
+    return len(runs) <= _SLICE_RUNS and all(bool(words[first:end, 0].all()) for first, end in runs.tolist())
+
+
 def split_zero(buffer: memoryview, runs: PageRuns) -> tuple[PageRuns, PageRuns]:
     """Part (normal) runs into those that hold data and those that are all zeros: (data, zero).
 
@@ -239,6 +244,9 @@ def split_zero(buffer: memoryview, runs: PageRuns) -> tuple[PageRuns, PageRuns]:
     mask = np.empty(_GROUP_PAGES, dtype=bool)
     scratch = np.empty((_SCAN_PAGES, _WORDS), dtype=np.uint64)
     for group in batches(runs, _GROUP_PAGES * PAGE_SIZE):
+        if _none_zero(words, group):
+            data.append(group)
+            continue
         at = 0
         for chunk in batches(group, _SCAN_PAGES * PAGE_SIZE):
             pages = count(chunk)

@@ -68,6 +68,7 @@ class Vector:
         self._ends = np.cumsum(length, dtype=np.uint64)
         self._address = self._iov.ctypes.data
         self._row = 0
+        self._end_of_row = int(self._ends[0])
         self._header = _Msghdr()
         self.total = int(self._ends[-1])
         self.moved = 0
@@ -83,11 +84,12 @@ class Vector:
         self.moved += number
         if self.moved >= self.total:
             return
-        row = int(np.searchsorted(self._ends, np.uint64(self.moved), side="right"))
-        rest = np.uint64(int(self._ends[row]) - self.moved)
-        self._iov[row, 0] += self._iov[row, 1] - rest
-        self._iov[row, 1] = rest
-        self._row = row
+        if self.moved >= self._end_of_row:
+            self._row = int(np.searchsorted(self._ends, np.uint64(self.moved), side="right"))
+            self._end_of_row = int(self._ends[self._row])
+        entry = self._iov[self._row]
+        rest = self._end_of_row - self.moved
+        entry[:] = int(entry[0]) + int(entry[1]) - rest, rest  # where a row ends stays as it is
 
 
 def _move(function: Callable[[int, int, int], int], fd: int, vector: Vector, flags: int) -> int:
@@ -106,5 +108,9 @@ def send_some(fd: int, vector: Vector) -> int:
 
 
 def recv_some(fd: int, vector: Vector) -> int:
-    """One recvmsg(2) into what is left, again after EINTR; 0 at the end of the stream. Raises like `send_some`."""
-    return _move(_recvmsg, fd, vector, 0)
+    """One recvmsg(2) into what is left, again after EINTR; 0 at the end of the stream. Raises like `send_some`.
+
+    It waits for all of the window: a return to Python for every piece that the network brings would cost more than the
+    piece. When the time-out comes in between it returns what there is.
+    """
+    return _move(_recvmsg, fd, vector, socket.MSG_WAITALL)
