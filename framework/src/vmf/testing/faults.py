@@ -200,9 +200,9 @@ class FaultProxy:
         elif kind in ("truncate", "drop", "duplicate", "flip"):
             bulk = _read(source, min(frame.bulk, 1000) if kind == "truncate" else frame.bulk)
             data = sink.encode(frame.data) + sink.encode(bulk)
+            self.happened.set()  # whoever hears it may break the connection before it has all been said
             if kind == "truncate":
                 sink.socket.sendall(data[: max(1, len(data) // 2)])
-                self.happened.set()
                 self.cut()
                 raise EOFError
             if kind == "duplicate":
@@ -211,7 +211,6 @@ class FaultProxy:
                 spoiled = bytearray(data)
                 spoiled[len(data) - len(bulk) - 1 if self.tls is None else -1] ^= 0x10
                 sink.socket.sendall(spoiled)
-            self.happened.set()
             return False
         if not kind.endswith("-after"):
             self.happened.set()
