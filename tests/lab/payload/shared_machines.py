@@ -22,6 +22,7 @@ from boot_debian import LEVEL, SPARING
 import vmf
 from vmf.machine.config import CpuidConfig, DriveConfig
 from vmf.storage.media import lease_of
+from vmf.storage.uri import scheme_of
 from vmf.testing.disks import diskcheck_guest
 from vmf.testing.hosts import Host
 
@@ -45,7 +46,7 @@ def stamp(number: int, generation: int) -> bytes:
 
 def lost(registry: vmf.PluginRegistry, medium: str, last: int) -> list[int]:
     """The acknowledged writes that are not there; a later one in the same place is as good."""
-    image = registry.storage("file").open(medium, True)
+    image = registry.storage(scheme_of(medium)).open(medium, True)
     missing = []
     try:
         for number in range(max(0, last - BLOCKS + 1), last + 1):
@@ -77,7 +78,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"shared machines: {(time.monotonic() - began) * SLOWDOWN:.0f} s: {text}", flush=True)
 
-    say(f"{media[0]}, on {registry.storage('file').probe(media[0]).where}")
+    say(f"{media[0]}, on {registry.storage(scheme_of(media[0])).probe(media[0]).where}")
     before = lease_of(registry, media[0]).generation
     numbers: list[int] = []
     with (
