@@ -72,8 +72,8 @@ def write_job(
             archive.add(site, "site")
         for name, path in _tree_files():
             archive.add(path, f"tree/{name}")
-        for name in ("selfcheck", "diskcheck"):  # the lab has no compiler
-            if (program := compiled(name).path) is not None:
+        for name in ("selfcheck", "diskcheck"):  # the lab has no compiler; the tree's, as its wheels will look for them
+            if (program := compiled(name, TREE / "framework/src/vmf/testing/guest").path) is not None:
                 archive.add(program, f"cache/guests/{program.name}")
         for name, path in (files or {}).items():
             archive.add(path, name.strip("/"))

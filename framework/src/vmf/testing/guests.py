@@ -265,16 +265,16 @@ def selfcheck() -> Found:
     return compiled("selfcheck")
 
 
-def compiled(program: str) -> Found:
-    """One of the C programs in `guest/`, compiled statically, again when it changes."""
-    source = _HERE / f"{program}.c"
+def compiled(program: str, folder: Path = _HERE) -> Found:
+    """One of the C programs in `guest/` (or in another tree's), compiled statically, again when it changes."""
+    source = folder / f"{program}.c"
     digest = hashlib.sha256(source.read_bytes() + " ".join(_COMPILE).encode()).hexdigest()[:16]
     try:
         with locked(f"{program}-{digest}") as target:
             if not target.is_file():
-                with tempfile.TemporaryDirectory(prefix="vmf-cc-") as folder:
-                    built = Path(folder) / program
-                    run(["gcc", *_COMPILE, "-o", str(built), str(source), "-lm"], Path(folder))
+                with tempfile.TemporaryDirectory(prefix="vmf-cc-") as work:
+                    built = Path(work) / program
+                    run(["gcc", *_COMPILE, "-o", str(built), str(source), "-lm"], Path(work))
                     place(target, built.read_bytes())
             return Found(target)
     except Unavailable as error:
