@@ -105,10 +105,12 @@ class MemoryWatch:
         return self._peak - self._ram
 
 
-def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20, *, pairs: int = 1) -> float:
+def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20, *, pairs: int = 1, fresh: bool = False) -> float:
     """Bytes per second of plain Python socket pairs over loopback TCP between processes: the ceiling.
 
-    Nothing is allocated and the same piece is sent and received over and over, so it is a generous one.
+    Nothing is allocated and the same piece is sent and received over and over, so it is a generous one. With `fresh`
+    what is sent lies all over a memory of that size, and what receives it is memory that was never touched, in huge
+    pages, as RAM at the source and the target of a teleport.
     """
     share = total_bytes // pairs
     listener = socket.create_server(("127.0.0.1", 0))
@@ -116,22 +118,26 @@ def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20, *, pairs:
     for _ in range(pairs):
         child = os.fork()
         if child == 0:
+            data = _huge(share if fresh else piece)
+            data[:] = os.urandom(piece) * (len(data) // piece)
             peer = socket.create_connection(listener.getsockname())
-            data = memoryview(os.urandom(piece))
             peer.recv(1)
-            for _ in range(share // piece):
-                peer.sendall(data)
+            for start in range(0, share, piece):
+                peer.sendall(data[start % len(data) :][:piece])
             peer.recv(1)
             os._exit(0)
         children.append(child)
     channels = [listener.accept()[0] for _ in range(pairs)]
+    if fresh:
+        warm_host_memory(total_bytes >> 20)
 
     def drain(channel: socket.socket) -> None:
-        buffer = bytearray(piece)
+        buffer = _huge(share if fresh else piece)
         channel.sendall(b"x")
-        left = share
-        while left:
-            left -= channel.recv_into(buffer)
+        done = 0
+        while done < share:
+            at = done % len(buffer)
+            done += channel.recv_into(buffer[at : at + piece])
 
     started = time.perf_counter()
     threads = [threading.Thread(target=drain, args=(channel,)) for channel in channels]
@@ -146,3 +152,10 @@ def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20, *, pairs:
     for child in children:
         os.waitpid(child, 0)
     return total_bytes / elapsed
+
+
+def _huge(size: int) -> memoryview:
+    """Memory that was never touched, in huge pages where it is large."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
