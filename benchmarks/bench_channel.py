@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from vmf.machine import pages
-from vmf.machine.memory import MIB, GuestMemory
+from vmf.memory import pages
+from vmf.memory.guest import MIB, GuestMemory
 from vmf.transport.base import Address
 from vmf_transport_tcp.channel import TcpChannel
 from vmf_transport_tcp.transport import TcpTransport

@@ -24,7 +24,7 @@ import conftest as kit
 from vmf.cpu.backend import ExitReason, VcpuEnvironment
 from vmf.machine.bus import Bus
 from vmf.machine.config import CpuidConfig, MachineConfig
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 from vmf.testing.guest.build import SOURCE, build
 from vmf.testing.hosts import Host
 from vmf_cpu_kvm import selftest
@@ -99,7 +99,7 @@ def timed(what: str, count: int, function: Callable[[], object]) -> None:
 
 def dirty(backend: KvmBackend) -> None:
     """A guest that writes a byte in each of 16,384 pages; the log and the core's tracker side by side."""
-    from vmf.machine.dirty_uffd import UffdTracker, uffd_unusable
+    from vmf.memory.dirty_uffd import UffdTracker, uffd_unusable
 
     size, pages = 256 << 20, 16_384
     code = b"\xbf\x00\x00\x00\x04\xb9" + struct.pack("<I", pages) + b"\xfe\x07\x81\xc7\x00\x10\x00\x00\xe2\xf6\xf4"

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from common import machine_line, median, table, warm_host_memory
-from vmf.machine import pages
 from vmf.machine.config import MachineConfig
 from vmf.machine.machine import Machine
-from vmf.machine.memory import MIB, GuestMemory
+from vmf.memory import pages
+from vmf.memory.guest import MIB, GuestMemory
 from vmf.plugins import PluginRegistry
 from vmf.testing.guests import builtin_guest
 from vmf.testing.hosts import Host

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vmf.cpu.state import VcpuState
 from vmf.errors import ConfigError, ImageError, VmfError
 from vmf.machine.boot import ImageKind, identify, load_guest, load_image, load_linux
-from vmf.machine.memory import MIB, GuestMemory
+from vmf.memory.guest import MIB, GuestMemory
 
 TSC_KHZ = 1_000_000
 

@@ -11,7 +11,7 @@ import pytest
 
 from vmf.errors import ConfigError, ImageError
 from vmf.machine.boot import default_cmdline, load_guest, load_linux
-from vmf.machine.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, MIB, GuestMemory
+from vmf.memory.guest import HIGH_RAM_BASE, LOW_RAM_LIMIT, MIB, GuestMemory
 
 FORMATS = ["lz4", "gzip", "xz", "zstd", "bzip2", "lzma", "plain"]
 TSC_KHZ = 2_000_000

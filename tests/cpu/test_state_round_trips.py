@@ -23,7 +23,7 @@ from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, PluginError, StateError
 from vmf.machine import switch
 from vmf.machine.bus import Bus
-from vmf.machine.memory import MIB, GuestMemory
+from vmf.memory.guest import MIB, GuestMemory
 from vmf.plugins.bridge import PluginRegistry
 from vmf.testing.vcpu_states import MODES, comparable, vcpu_states
 

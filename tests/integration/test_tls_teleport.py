@@ -17,7 +17,7 @@ from attrs import evolve
 import vmf
 from vmf.machine.config import MachineConfig
 from vmf.machine.machine import wait_until
-from vmf.machine.memory import MIB
+from vmf.memory.guest import MIB
 from vmf.testing.hosts import Host
 from vmf.testing.serial_check import check
 

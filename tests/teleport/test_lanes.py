@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vmf.errors import TeleportCancelled, TeleportError, TransportError
-from vmf.machine.dirty import tracker_kinds
+from vmf.memory.dirty import tracker_kinds
 from vmf.teleport.lanes import WORTH_BYTES, Joiners, links_for
 from vmf.teleport.link import Link
 from vmf.teleport.protocol import Connection, Role

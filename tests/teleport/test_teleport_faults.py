@@ -17,7 +17,7 @@ from vmf.errors import (
     TransportError,
     VmfError,
 )
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory.guest import PAGE_SIZE
 from vmf.teleport.protocol import Connection, Role
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.target import TargetOptions

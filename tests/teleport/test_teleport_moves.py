@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vmf.errors import TeleportBlocked, TeleportError
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory.guest import PAGE_SIZE
 from vmf.teleport.check import Blocker
 from vmf.teleport.progress import ProgressEvent
 from vmf.teleport.protocol import SourceOutcome

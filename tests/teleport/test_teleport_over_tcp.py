@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vmf.errors import TeleportError
-from vmf.machine.dirty import DirtyTracker, tracker_kinds
-from vmf.machine.memory import HUGE_PAGE_SIZE, PAGE_SIZE, GuestMemory
+from vmf.memory.dirty import DirtyTracker, tracker_kinds
+from vmf.memory.guest import HUGE_PAGE_SIZE, PAGE_SIZE, GuestMemory
 from vmf.teleport.progress import TeleportSummary
 from vmf.teleport.source import SourceOptions, teleport_source
 from vmf.teleport.target import wait_for_teleport

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 from vmf.teleport.check import Blocker, compare_descriptions, compare_payloads, show
 from vmf.teleport.clocks import ClockOffset
 from vmf.teleport.converge import FIXED_NS, THROTTLE_STEPS, Convergence, Decision, RoundStats

@@ -29,7 +29,7 @@ from vmf.cpuid.contract import make_contract
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable
 from vmf.machine.bus import Bus
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 
 CODE_AT = 0x10000
 TICKS_AT = 0x14000

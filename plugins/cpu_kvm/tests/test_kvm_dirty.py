@@ -9,7 +9,7 @@ import pytest
 
 from vmf.cpu.backend import VcpuEnvironment
 from vmf.machine.bus import Bus
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 
 
 def touch(pages: list[int]) -> bytes:
@@ -50,7 +50,7 @@ def test_a_log_that_is_started_while_the_guest_exists(kvm: Any, kit: Any) -> Non
 
 
 def test_core_tracker_sees_what_kvm_logs(kvm: Any, kit: Any) -> None:
-    dirty_uffd = pytest.importorskip("vmf.machine.dirty_uffd")
+    dirty_uffd = pytest.importorskip("vmf.memory.dirty_uffd")
     from vmf_cpu_kvm.dirtylog import KvmDirtyLog
 
     reason = dirty_uffd.uffd_unusable()

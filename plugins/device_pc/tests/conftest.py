@@ -11,8 +11,8 @@ from vmf.device.base import Device, DeviceEnvironment
 from vmf.device.interrupts import InterruptController, IrqLine
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
-from vmf.machine.memory import GuestMemory
 from vmf.machine.timers import TimerQueue
+from vmf.memory.guest import GuestMemory
 from vmf_device_pc.cmos import CmosRtc
 from vmf_device_pc.control import SystemControl
 from vmf_device_pc.pic import Pic8259

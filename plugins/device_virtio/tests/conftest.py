@@ -13,8 +13,8 @@ from vmf.device.base import Device, DeviceEnvironment
 from vmf.errors import StorageError
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
-from vmf.machine.memory import GuestMemory
 from vmf.machine.timers import TimerQueue
+from vmf.memory.guest import GuestMemory
 from vmf.storage import Drive, DriveType, StorageImage
 from vmf_device_virtio import plugin
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 from vmf_device_virtio.queue import QueueError, Virtqueue
 
 SIZE = 8

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmf.errors import TransportClosed, TransportError, TransportTimeout
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory.guest import PAGE_SIZE
 from vmf.transport.base import Address, Channel
 from vmf_transport_tls.channel import TlsChannel
 from vmf_transport_tls.pieces import GATHER_PAGES, LONG_BYTES, pieces

@@ -20,7 +20,7 @@ from vmf.machine import config
 from vmf.machine.boot.elf import load_stream, parse_elf
 from vmf.machine.boot.guest import load_guest
 from vmf.machine.boot.payload import unpack
-from vmf.machine.memory import MIB, GuestMemory
+from vmf.memory.guest import MIB, GuestMemory
 
 if sys.version_info >= (3, 14):
     from compression import zstd

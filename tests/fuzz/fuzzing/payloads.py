@@ -17,8 +17,8 @@ from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.errors import StateError
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
-from vmf.machine.memory import MIB, GuestMemory
 from vmf.machine.timers import TimerQueue
+from vmf.memory.guest import MIB, GuestMemory
 from vmf.teleport.protocol import codec
 from vmf.testing.cpuid_tables import HOSTS
 from vmf_device_pc.cmos import CmosRtc

@@ -13,7 +13,7 @@ from fuzzing.protocol import SAMPLES, as_framed, framed, golden, parse
 from vmf.cpuid.negotiate import Capability
 from vmf.device.base import Payload
 from vmf.errors import StateError, TransportClosed, VmfError
-from vmf.machine.memory import MIB
+from vmf.memory.guest import MIB
 from vmf.teleport.progress import ProgressEvent
 from vmf.teleport.protocol import frames
 from vmf.teleport.protocol import messages as m

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vmf.cpuid.table import CpuidTable
     from vmf.device.interrupts import InterruptController
     from vmf.machine.bus import Bus
-    from vmf.machine.memory import GuestMemory
+    from vmf.memory.guest import GuestMemory
 
 
 class ExitReason(enum.Enum):

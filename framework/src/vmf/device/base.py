@@ -19,8 +19,8 @@ from vmf.device.interrupts import InterruptController, IrqLine
 if TYPE_CHECKING:
     from vmf.machine.bus import Bus
     from vmf.machine.clock import MachineClock
-    from vmf.machine.memory import GuestMemory
     from vmf.machine.timers import TimerQueue
+    from vmf.memory.guest import GuestMemory
     from vmf.storage.drive import Drive
 
 

@@ -25,9 +25,9 @@ from vmf.machine import switch
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
 from vmf.machine.console import SerialConsole
-from vmf.machine.memory import MIB, PAGE_SIZE, GuestMemory
 from vmf.machine.timers import TimerQueue
 from vmf.machine.vcpu_thread import VcpuThread
+from vmf.memory.guest import MIB, PAGE_SIZE, GuestMemory
 from vmf.storage.drive import Drive
 
 VCPU_KIND = "vmf.vcpu"

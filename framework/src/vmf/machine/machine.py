@@ -38,12 +38,12 @@ from vmf.machine.contract import (
     settle,
 )
 from vmf.machine.hardware import Hardware
-from vmf.machine.memory import GuestMemory
 from vmf.machine.startup import Startup
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
 from vmf.machine.storage import MachineStorage
 from vmf.machine.teleporter import ProgressListener, Teleporter
 from vmf.machine.tracing import Tracing
+from vmf.memory.guest import GuestMemory
 from vmf.plugins.bridge import PluginRegistry
 from vmf.teleport.journal import Journal, MemoryJournal
 from vmf.transport.base import Address

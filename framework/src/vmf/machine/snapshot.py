@@ -33,9 +33,9 @@ from vmf.device.base import Payload
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError, StateError
 from vmf.machine.config import NAME_PATTERN, MachineConfig
 from vmf.machine.home import HomeError, private_directory, write_atomically
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
 from vmf.machine.states import MachineState
 from vmf.machine.storage import MachineStorage
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 from vmf.teleport.protocol import codec
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vmf.errors import ImageError
 from vmf.machine import boot
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 
 if TYPE_CHECKING:
     from vmf.cpu.state import VcpuState

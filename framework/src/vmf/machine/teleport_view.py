@@ -17,9 +17,9 @@ from vmf.device.base import Payload
 from vmf.errors import LocalProtocolError, TeleportError
 from vmf.machine.contract import capability_of
 from vmf.machine.cpu_check import CpuCheck, describe_cpu
-from vmf.machine.dirty import DirtyTracker
-from vmf.machine.memory import GuestMemory
 from vmf.machine.states import MachineState
+from vmf.memory.dirty import DirtyTracker
+from vmf.memory.guest import GuestMemory
 from vmf.teleport.check import Blocker, Hook, compare_descriptions, show
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class TeleportView:
         return [Blocker("snapshots", *values, remedy)]
 
     def open_dirty_tracker(self) -> DirtyTracker:
-        from vmf.machine.dirty import open_tracker
+        from vmf.memory.dirty import open_tracker
 
         return open_tracker(self.memory, self._machine.hardware.write_log())
 

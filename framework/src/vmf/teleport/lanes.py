@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from vmf.errors import TeleportError, TransportClosed, VmfError
-from vmf.machine import pages
+from vmf.memory import pages
 from vmf.teleport.link import DRAIN_S, Link
 from vmf.teleport.protocol import Connection, Role
 from vmf.teleport.protocol import messages as m

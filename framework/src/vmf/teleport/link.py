@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from vmf.errors import AuthenticationError, TeleportCancelled, TeleportError, TransportClosed, TransportError, VmfError
-from vmf.machine import pages
+from vmf.memory import pages
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.connection import CLOSED, NEED_DATA, Connection
 from vmf.teleport.protocol.runs import PageRuns, pack_runs

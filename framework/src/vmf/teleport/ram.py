@@ -22,9 +22,9 @@ import numpy as np
 from attrs import define
 
 from vmf.errors import RemoteProtocolError, TeleportError
-from vmf.machine import pages
-from vmf.machine.dirty import DirtyTracker, PageRuns
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
+from vmf.memory import pages
+from vmf.memory.dirty import DirtyTracker, PageRuns
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 from vmf.teleport.link import Link
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.runs import MAX_RUNS, pack_runs, unpack_runs

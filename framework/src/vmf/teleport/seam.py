@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from vmf.device.base import Payload
-from vmf.machine.dirty import DirtyTracker
-from vmf.machine.memory import GuestMemory
+from vmf.memory.dirty import DirtyTracker
+from vmf.memory.guest import GuestMemory
 from vmf.teleport.check import Blocker
 
 if TYPE_CHECKING:

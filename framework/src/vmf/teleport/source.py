@@ -33,9 +33,9 @@ from vmf.errors import (
     TransportError,
     VmfError,
 )
-from vmf.machine import pages
-from vmf.machine.dirty import DirtyTracker, PageRuns
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory import pages
+from vmf.memory.dirty import DirtyTracker, PageRuns
+from vmf.memory.guest import PAGE_SIZE
 from vmf.teleport.authentication import prove
 from vmf.teleport.check import Blocker
 from vmf.teleport.clocks import ClockOffset

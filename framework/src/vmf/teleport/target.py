@@ -35,7 +35,7 @@ from vmf.errors import (
     TransportTimeout,
     VmfError,
 )
-from vmf.machine.memory import MIB, PAGE_SIZE
+from vmf.memory.guest import MIB, PAGE_SIZE
 from vmf.teleport.authentication import Verifier
 from vmf.teleport.check import Blocker, compare_payloads
 from vmf.teleport.custodian import TargetCustodian

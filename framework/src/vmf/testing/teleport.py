@@ -14,9 +14,9 @@ import numpy as np
 
 from vmf.device.base import Payload
 from vmf.errors import StateError, TransportClosed, TransportError, TransportTimeout
-from vmf.machine import pages
-from vmf.machine.dirty import DirtyTracker, PageRuns
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
+from vmf.memory import pages
+from vmf.memory.dirty import DirtyTracker, PageRuns
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 from vmf.teleport.check import Blocker, compare_descriptions
 from vmf.transport.base import Address, Buffer, Channel, Listener
 

@@ -1,10 +1,10 @@
 """KVM's own dirty log.
 
 It sees what the guest writes and nothing else: neither emulated devices nor the host's system calls, which the core's
-userfaultfd tracker sees as well as the guest (`vmf.machine.dirty_uffd`), and benchmarks/bench_kvm.py shows that it
+userfaultfd tracker sees as well as the guest (`vmf.memory.dirty_uffd`), and benchmarks/bench_kvm.py shows that it
 would save little beside that one. Where the kernel has no asynchronous write-protect (before Linux 6.7) the other
 choice is to compare all of RAM in every round, so there it is used for machines whose devices write no RAM
-(`vmf.machine.dirty_log`).
+(`vmf.memory.dirty_log`).
 
 Protocol: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with INITIALLY_SET, so that starting it protects nothing at once, and
 clearing happens in one call for a whole slot.
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from vmf.cpu.backend import WriteLog
 from vmf.errors import MachineError
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 from vmf_cpu_kvm import abi
 
 PROTECT_FLAGS = 3

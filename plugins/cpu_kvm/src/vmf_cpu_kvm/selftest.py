@@ -38,7 +38,7 @@ from vmf.cpuid.contract import make_contract
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
 from vmf.errors import VmfError
 from vmf.machine.bus import Bus
-from vmf.machine.memory import MIB, GuestMemory
+from vmf.memory.guest import MIB, GuestMemory
 from vmf_cpu_kvm import cpuid
 from vmf_cpu_kvm.host import HostKvm, boot_identity
 from vmf_cpu_kvm.vcpu import KvmVcpu, reset_state

@@ -10,7 +10,7 @@ from vmf_cpu_kvm import abi
 from vmf_cpu_kvm.dirtylog import PROTECT_FLAGS
 
 if TYPE_CHECKING:
-    from vmf.machine.memory import GuestMemory
+    from vmf.memory.guest import GuestMemory
 
 _ASKED = (
     abi.CAP_EXCEPTION_PAYLOAD, abi.CAP_TRIPLE_FAULT_EVENT, abi.CAP_PMU_CAPABILITY, abi.CAP_DISABLE_QUIRKS2,

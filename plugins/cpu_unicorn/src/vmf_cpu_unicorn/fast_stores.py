@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import Engine, Library
 

@@ -30,7 +30,7 @@ from vmf.cpu.state import (
 )
 from vmf.cpuid.layout import with_vendor
 from vmf.machine.bus import Bus
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 from vmf_cpu_unicorn import cpuid, tsc
 from vmf_cpu_unicorn.engine import Library
 from vmf_cpu_unicorn.vcpu import ADDRESS_BITS, UnicornVcpu

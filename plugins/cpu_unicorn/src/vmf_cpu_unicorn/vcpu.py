@@ -23,7 +23,7 @@ from vmf.cpu.state import (
 from vmf.cpuid.layout import AMD_VENDORS
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
 from vmf.errors import StateError
-from vmf.machine.memory import LOW_RAM_LIMIT
+from vmf.memory.guest import LOW_RAM_LIMIT
 from vmf_cpu_unicorn import convert, fast_stores, gates
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import (

@@ -20,7 +20,7 @@ from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import IrqLine
 from vmf.errors import StateError
-from vmf.machine.memory import HIGH_RAM_BASE, MIB, GuestMemory
+from vmf.memory.guest import HIGH_RAM_BASE, MIB, GuestMemory
 from vmf_device_pc.ports import Port, read_ones
 
 INDEX_PORT, DATA_PORT = 0x70, 0x71

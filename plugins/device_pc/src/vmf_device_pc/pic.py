@@ -363,9 +363,7 @@ class Pic8259(Device):
                 or values[name]["vector_base"] & 7
                 or values[name]["init_step"] == 1
             ):
-                raise StateError(
-                    f"{self.kind}: its saved state is wrong: {name} is in a state the chip does not have."
-                )
+                raise StateError(f"{self.kind}: its saved state is wrong: {name} is in a state the chip does not have.")
         self._master.load(values["master"])
         self._slave.load(values["slave"])
         self._update()

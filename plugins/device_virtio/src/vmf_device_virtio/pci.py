@@ -24,7 +24,7 @@ from attrs import frozen
 from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.errors import ConfigError, StateError
-from vmf.machine.memory import LOW_RAM_LIMIT
+from vmf.memory.guest import LOW_RAM_LIMIT
 
 if TYPE_CHECKING:
     from vmf.machine.bus import Bus, IoHandler

@@ -15,7 +15,7 @@ from struct import Struct
 from typing import Any
 
 from vmf.device import fields
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 
 DESCRIPTOR = Struct("<QIHH")
 """Address, length, flags, next."""

@@ -26,7 +26,7 @@ import numpy as np
 from attrs import frozen
 
 from vmf.errors import TransportError
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory.guest import PAGE_SIZE
 from vmf.transport.base import Address, Buffer, ByteRanges
 from vmf.transport.sockets import SocketChannel
 from vmf_transport_tls.pieces import GATHER_PAGES, page_rows, pieces

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory.guest import PAGE_SIZE
 from vmf.transport.base import ByteRanges
 
 GATHER_PAGES = 64

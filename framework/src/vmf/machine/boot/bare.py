@@ -31,7 +31,7 @@ from vmf.machine.boot.longmode import (
     low_ram_end,
     write_environment,
 )
-from vmf.machine.memory import MIB, GuestMemory
+from vmf.memory.guest import MIB, GuestMemory
 
 FLAT_BASE = LOADER_END
 

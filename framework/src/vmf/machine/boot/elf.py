@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from attrs import frozen
 
 from vmf.errors import ImageError
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 
 ELF_MAGIC = b"\x7fELF"
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")

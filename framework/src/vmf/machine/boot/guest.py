@@ -9,7 +9,7 @@ from vmf.errors import ConfigError
 from vmf.machine.boot.bare import load_image
 from vmf.machine.boot.image import identify
 from vmf.machine.boot.linux import default_cmdline, load_linux
-from vmf.machine.memory import GuestMemory
+from vmf.memory.guest import GuestMemory
 
 
 def load_guest(

@@ -29,7 +29,7 @@ from vmf.machine.boot.longmode import (
     write_environment,
 )
 from vmf.machine.boot.payload import unpack
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 
 # Offsets in the setup header and, equally, in boot_params (boot.rst "The Real-Mode Kernel Header").
 SETUP_HEADER = 0x1F1

@@ -27,7 +27,7 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import ImageError
-from vmf.machine.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, MIB, GuestMemory
+from vmf.memory.guest import HIGH_RAM_BASE, LOW_RAM_LIMIT, MIB, GuestMemory
 
 GDT_GPA = 0x500
 BOOT_PARAMS_GPA = 0x7000

@@ -10,10 +10,10 @@ import pytest
 
 from vmf.cpu.backend import WriteLog
 from vmf.errors import ConfigError, MachineError
-from vmf.machine import dirty_uffd
-from vmf.machine.dirty import open_tracker
-from vmf.machine.dirty_log import LogTracker
-from vmf.machine.memory import MIB, PAGE_SIZE, GuestMemory
+from vmf.memory import dirty_uffd
+from vmf.memory.dirty import open_tracker
+from vmf.memory.dirty_log import LogTracker
+from vmf.memory.guest import MIB, PAGE_SIZE, GuestMemory
 
 
 class Log(WriteLog):

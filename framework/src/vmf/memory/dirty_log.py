@@ -8,8 +8,8 @@ An engine's log sees the guest's writes and no others. Whoever else writes guest
   translated code. So this tracker is for machines none of whose devices has `writes_ram`.
 - a reset, which clears RAM and loads the guest anew: `GuestMemory` tells its observers before and after.
 
-Compared with `vmf.machine.dirty_uffd` it sees less and is no faster, so it comes after it; compared with
-`vmf.machine.dirty_hash`, which reads all of RAM in every round and in the downtime, it costs next to nothing. Linux
+Compared with `vmf.memory.dirty_uffd` it sees less and is no faster, so it comes after it; compared with
+`vmf.memory.dirty_hash`, which reads all of RAM in every round and in the downtime, it costs next to nothing. Linux
 before 6.7 has no asynchronous write-protect: Debian 12, RHEL 9.
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 
 from vmf.cpu.backend import WriteLog
 from vmf.errors import MachineError
-from vmf.machine import pages
-from vmf.machine.dirty import DirtyTracker, PageRuns
-from vmf.machine.memory import GuestMemory
+from vmf.memory import pages
+from vmf.memory.dirty import DirtyTracker, PageRuns
+from vmf.memory.guest import GuestMemory
 
 
 class LogTracker(DirtyTracker):

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from attrs import frozen
 
 from vmf.errors import ConfigError, MachineError
-from vmf.machine.pagemap import PAGE_SIZE as PAGE_SIZE
-from vmf.machine.pagemap import PageMap
+from vmf.memory.pagemap import PAGE_SIZE as PAGE_SIZE
+from vmf.memory.pagemap import PageMap
 
 MIB = 1 << 20
 LOW_RAM_LIMIT = 0xE000_0000

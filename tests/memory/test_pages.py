@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmf.machine import pages
-from vmf.machine.dirty import PageRuns
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory import pages
+from vmf.memory.dirty import PageRuns
+from vmf.memory.guest import PAGE_SIZE
 
 rows = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12)
 

@@ -31,9 +31,9 @@ import platform
 import numpy as np
 
 from vmf.errors import MachineError, VmfError
-from vmf.machine import pagemap, pages
-from vmf.machine.dirty import DirtyTracker, PageRuns
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
+from vmf.memory import pagemap, pages
+from vmf.memory.dirty import DirtyTracker, PageRuns
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 
 # <asm/unistd_64.h>, <asm-generic/unistd.h>
 _NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from vmf.machine.dirty import PageRuns
-from vmf.machine.memory import PAGE_SIZE
+from vmf.memory.dirty import PageRuns
+from vmf.memory.guest import PAGE_SIZE
 
 ByteRanges = npt.NDArray[np.uint64]
 """Shape (n, 2): offset and length in bytes, as `vmf.transport.Channel.send_ranges` takes them."""

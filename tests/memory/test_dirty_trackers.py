@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmf.errors import ConfigError, MachineError
-from vmf.machine import pages
-from vmf.machine.dirty import DirtyTracker, PageRuns, open_tracker, tracker_kinds
-from vmf.machine.dirty_hash import PageHasher
-from vmf.machine.memory import MIB, PAGE_SIZE, GuestMemory
+from vmf.memory import pages
+from vmf.memory.dirty import DirtyTracker, PageRuns, open_tracker, tracker_kinds
+from vmf.memory.dirty_hash import PageHasher
+from vmf.memory.guest import MIB, PAGE_SIZE, GuestMemory
 
 BATCH = 1 * MIB
 
@@ -263,7 +263,7 @@ def test_uffd_equals_a_list_of_what_was_written(rounds: list[list[tuple[int, int
 
 
 def test_more_runs_than_one_scan_returns(memory: GuestMemory) -> None:
-    from vmf.machine import dirty_uffd
+    from vmf.memory import dirty_uffd
 
     if reason := dirty_uffd.uffd_unusable():
         pytest.skip(f"dirty tracker uffd cannot work here: {reason}")
@@ -283,8 +283,8 @@ def test_uffd_works_without_privilege() -> None:
     """The user nobody, no capability, no way to gain any; also a write by the kernel (the user-mode-only case)."""
     script = (
         "import os, sys\n"
-        "from vmf.machine.dirty_uffd import UffdTracker, uffd_unusable\n"
-        "from vmf.machine.memory import GuestMemory\n"
+        "from vmf.memory.dirty_uffd import UffdTracker, uffd_unusable\n"
+        "from vmf.memory.guest import GuestMemory\n"
         "assert os.getuid() != 0\n"
         "reason = uffd_unusable()\n"
         "if reason: print('unusable:', reason); sys.exit()\n"
@@ -312,7 +312,7 @@ def test_choice_by_environment(memory: GuestMemory, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_fallback_says_why_not_the_better_one(memory: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vmf.machine import dirty_uffd
+    from vmf.memory import dirty_uffd
 
     monkeypatch.delenv("VMF_DIRTY_TRACKER", raising=False)
     monkeypatch.setattr(dirty_uffd, "uffd_unusable", lambda: "no such thing")

@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vmf.errors import MachineError
-from vmf.machine import pages
-from vmf.machine.dirty import DirtyTracker, PageRuns
-from vmf.machine.memory import PAGE_SIZE, GuestMemory
+from vmf.memory import pages
+from vmf.memory.dirty import DirtyTracker, PageRuns
+from vmf.memory.guest import PAGE_SIZE, GuestMemory
 
 _WORDS = PAGE_SIZE // 8
 _CHUNK_PAGES = 64

@@ -3,9 +3,9 @@
 Tracking sits below the CPU backends: the trackers watch the RAM mapping itself, so that a write counts whoever made
 it, the engine, KVM, an emulated device or a system call that fills guest RAM. Three are built in:
 
-- ``uffd`` (`vmf.machine.dirty_uffd`): the kernel notes the first write to each page. Linux 6.7 and later.
-- ``log`` (`vmf.machine.dirty_log`): the engine's own log, for machines whose devices do not write RAM.
-- ``hash`` (`vmf.machine.dirty_hash`): works everywhere, compares checksums of pages.
+- ``uffd`` (`vmf.memory.dirty_uffd`): the kernel notes the first write to each page. Linux 6.7 and later.
+- ``log`` (`vmf.memory.dirty_log`): the engine's own log, for machines whose devices do not write RAM.
+- ``hash`` (`vmf.memory.dirty_hash`): works everywhere, compares checksums of pages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vmf.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
     from vmf.cpu.backend import WriteLog
-    from vmf.machine.memory import GuestMemory
+    from vmf.memory.guest import GuestMemory
 
 PageRuns = npt.NDArray[np.uint64]
 """Shape (n, 2): rows [first page, end page), ascending and disjoint, in pages of the RAM mapping."""
@@ -85,9 +85,9 @@ def tracker_kinds(log: WriteLog | str | None = None) -> tuple[TrackerKind, ...]:
     Args:
         log: the engine's log of the guest's writes, or why there is none of use; None leaves that kind out.
     """
-    from vmf.machine.dirty_hash import HashTracker
-    from vmf.machine.dirty_log import LogTracker
-    from vmf.machine.dirty_uffd import UffdTracker, uffd_unusable
+    from vmf.memory.dirty_hash import HashTracker
+    from vmf.memory.dirty_log import LogTracker
+    from vmf.memory.dirty_uffd import UffdTracker, uffd_unusable
 
     def log_tracker(memory: GuestMemory) -> DirtyTracker:
         if log is None or isinstance(log, str):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmf.errors import ConfigError, MachineError
-from vmf.machine import pagemap, pages
-from vmf.machine.memory import HIGH_RAM_BASE, HUGE_PAGE_SIZE, LOW_RAM_LIMIT, MIB, PAGE_SIZE, GuestMemory
+from vmf.memory import pagemap, pages
+from vmf.memory.guest import HIGH_RAM_BASE, HUGE_PAGE_SIZE, LOW_RAM_LIMIT, MIB, PAGE_SIZE, GuestMemory
 
 
 @pytest.mark.parametrize("huge", [False, True])

@@ -1,0 +1,1 @@
+"""Guest RAM: its mapping (`guest`), sets of pages (`pages`), which are in use (`pagemap`), and written (`dirty`)."""
