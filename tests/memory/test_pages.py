@@ -114,3 +114,22 @@ def test_split_zero_large_crosses_every_chunk_boundary(share: float) -> None:
     data, zero = pages.split_zero(memory.data.cast("B"), pages.from_mask(asked))
     assert np.array_equal(pages.to_mask(data, total), asked & expected)
     assert np.array_equal(pages.to_mask(zero, total), asked & ~expected)
+
+
+@given(rows, st.booleans())
+def test_marks_are_set_on_the_pages_and_nowhere_else(pairs: list[tuple[int, int]], value: bool) -> None:
+    runs = as_runs([(min(pair), max(pair)) for pair in pairs])
+    flags = np.full(61, not value)
+    pages.mark(flags, runs, value)
+    assert set(np.flatnonzero(flags == value).tolist()) == as_set(runs)
+
+
+def test_mostly_data_has_looked_at_every_run() -> None:
+    memory = np.ones(64 * PAGE_SIZE, dtype=np.uint8)
+    everything = as_runs([(0, 40), (48, 64)])
+    assert pages.mostly_data(memory.data, everything)
+    assert not pages.mostly_data(memory.data, as_runs([(page, page + 1) for page in range(0, 64, 2)])), "not worth it"
+    for first in (0, 48):
+        memory[:] = 1
+        memory[first * PAGE_SIZE : (first + 8) * PAGE_SIZE] = 0  # as long as the steps in which it looks
+        assert not pages.mostly_data(memory.data, everything)

@@ -27,6 +27,8 @@ _SCAN_PAGES = 256
 """Pages looked at in one NumPy call: 1 MiB, so that a gathered copy is still in the cache when it is reduced."""
 _SLICE_RUNS = 8
 """A scan chunk of at most this many runs is reduced run by run in place; of more, it is gathered first."""
+_SAMPLED = 8
+"""Of so many neighbours `mostly_data` looks at one."""
 _GROUP_PAGES = 1 << 16
 """Pages whose page numbers are held as an array at the same time (512 KiB)."""
 
@@ -64,6 +66,15 @@ def merge(runs: PageRuns) -> PageRuns:
         return runs
     lasts = np.append(starts[1:], len(runs)) - 1
     return np.stack((first[starts], reach[lasts]), axis=1)
+
+
+def mark(flags: npt.NDArray[np.bool_], runs: PageRuns, value: bool) -> None:
+    """Set the elements of these pages."""
+    if len(runs) <= _SLICE_RUNS:
+        for first, end in runs.tolist():
+            flags[first:end] = value
+    else:
+        flags[to_numbers(runs).astype(np.intp)] = value
 
 
 def _combine(a: PageRuns, b: PageRuns, sign: int, level: int) -> PageRuns:
@@ -224,9 +235,16 @@ def _zero_numbers(
     out[:] = zero
 
 
-def _none_zero(words: npt.NDArray[np.uint64], runs: PageRuns) -> bool:
-    """Whether it shows in the pages' first words already that none is zero; only of few runs is it asked."""
-    return len(runs) <= _SLICE_RUNS and all(bool(words[first:end, 0].all()) for first, end in runs.tolist())
+def mostly_data(buffer: memoryview, runs: PageRuns) -> bool:
+    """Whether a look at some of these pages finds none that may be zero; False without a look at many short runs.
+
+    Where memory is full, a look at every page costs as much as sending some more of them: each is a miss in every
+    cache. Who sends them all then sends a few zero pages as data at most, which is no harm.
+    """
+    if len(runs) > _SLICE_RUNS:
+        return False
+    words = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, _WORDS)
+    return all(bool(words[first:end:_SAMPLED, 0].all()) for first, end in runs.tolist())
 
 
 def split_zero(buffer: memoryview, runs: PageRuns) -> tuple[PageRuns, PageRuns]:
@@ -244,9 +262,6 @@ def split_zero(buffer: memoryview, runs: PageRuns) -> tuple[PageRuns, PageRuns]:
     mask = np.empty(_GROUP_PAGES, dtype=bool)
     scratch = np.empty((_SCAN_PAGES, _WORDS), dtype=np.uint64)
     for group in batches(runs, _GROUP_PAGES * PAGE_SIZE):
-        if _none_zero(words, group):
-            data.append(group)
-            continue
         at = 0
         for chunk in batches(group, _SCAN_PAGES * PAGE_SIZE):
             pages = count(chunk)

@@ -118,10 +118,11 @@ class RamSender:
 
     def _send_direct(self, number: int, batch: PageRuns) -> tuple[int, PageRuns]:
         buffer = self._memory.buffer
-        data, zero = pages.split_zero(buffer, batch)
+        full = pages.mostly_data(buffer, batch)
+        data, zero = (batch, pages.empty()) if full else pages.split_zero(buffer, batch)
         if len(data):
             (self._bulk or self._link).send_pages(number, data, buffer, pages.to_byte_ranges(data))
-            self._there[pages.to_numbers(data).astype(np.intp)] = True
+            pages.mark(self._there, data, True)
         return pages.count(data), zero
 
     def _send_staged(self, number: int, batch: PageRuns) -> tuple[int, PageRuns]:
@@ -133,7 +134,7 @@ class RamSender:
         if len(data):
             runs = pages.from_numbers(numbers[pages.to_numbers(data)])
             self._link.send_pages(number, runs, staging, pages.to_byte_ranges(data))
-            self._there[pages.to_numbers(runs).astype(np.intp)] = True
+            pages.mark(self._there, runs, True)
         return pages.count(data), pages.from_numbers(numbers[pages.to_numbers(zero)])
 
 
