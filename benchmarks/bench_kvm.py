@@ -107,8 +107,12 @@ def dirty(backend: KvmBackend) -> None:
     for name in ("none", "kvm log", "uffd"):
         memory = GuestMemory(size)
         environment = VcpuEnvironment(memory, Bus(), kit.ToyPic(), backend.cpuid_capability(), backend.tsc_khz())
-        vcpu = backend.create_logging_vcpu(environment) if name == "kvm log" else backend.create_vcpu(environment)
-        log = KvmDirtyLog(vcpu.vm, memory) if name == "kvm log" else None  # type: ignore[attr-defined]
+        log = None
+        if name == "kvm log":
+            vcpu = backend.create_logging_vcpu(environment)
+            log = KvmDirtyLog(vcpu.vm, memory)
+        else:
+            vcpu = backend.create_vcpu(environment)
         tracker = None
         if name == "uffd":
             if reason := uffd_unusable():

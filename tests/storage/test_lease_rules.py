@@ -24,6 +24,7 @@ from vmf.storage.holder import Lease
 from vmf.storage.lease import Owner, Record, Standing
 from vmf.testing import explored_storage as explored
 from vmf.testing.explored_storage import Holding, Shared
+from vmf.testing.exploring import dead_ends
 
 T1, T2 = "11" * 16, "22" * 16
 
@@ -276,25 +277,18 @@ def test_at_most_one_writer_in_every_world(
     assert any(world.source.at == "running" and world.handover == "heard" for world in worlds), "nobody took back"
 
 
-def without_a_way_to_run(worlds: dict[World, list[World]]) -> list[World]:
+def without_a_way_to_run(worlds: dict[World, list[World]]) -> set[World]:
     """The worlds in which nobody died, no storage is gone and no lease broken, and yet nobody can run any more."""
     usual = [w for w in worlds if "dead" not in (w.source.at, w.target.at) and not w.gone | w.broken]
     back: dict[World, list[World]] = {}
     for world in usual:
         for each in worlds[world]:
             back.setdefault(each, []).append(world)
-    good = {world for world in usual if running(world)}
-    todo = deque(good)
-    while todo:
-        for before in back.get(todo.popleft(), ()):
-            if before not in good:
-                good.add(before)
-                todo.append(before)
-    return [world for world in usual if world not in good]
+    return dead_ends(usual, back, lambda world: bool(running(world)))
 
 
 def test_nobody_is_left_without_a_machine(worlds: dict[World, list[World]]) -> None:
-    assert without_a_way_to_run(worlds) == []
+    assert not without_a_way_to_run(worlds)
 
 
 def test_a_target_that_skips_the_lease_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

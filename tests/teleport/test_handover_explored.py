@@ -30,6 +30,7 @@ from vmf.teleport.protocol.handover import (
 from vmf.teleport.protocol.states import FINAL, LOST, TABLE, Lost, Phase, Role
 from vmf.testing import explored_storage as storage
 from vmf.testing.explored_storage import Holding, Shared
+from vmf.testing.exploring import dead_ends
 
 S, T = SourceCustody, TargetCustody
 IN_FLIGHT = 2
@@ -458,18 +459,6 @@ def check(world: World) -> None:
             assert storage.may_write(name, world.shared, source.holding), "it runs at the source, and cannot write"
         if target.guest:
             assert storage.may_write("target", world.shared, target.holding), "it runs there, and cannot write"
-
-
-def dead_ends(worlds: Mapping[World, World | None], back: Edges, goal: Callable[[World], bool]) -> set[World]:
-    """The worlds from which no way leads to a goal."""
-    good = {world for world in worlds if goal(world)}
-    todo = deque(good)
-    while todo:
-        for before in back.get(todo.popleft(), ()):
-            if before not in good:
-                good.add(before)
-                todo.append(before)
-    return set(worlds) - good
 
 
 @pytest.mark.parametrize("leased", [False, True], ids=["no lease", "lease"])

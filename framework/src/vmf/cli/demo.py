@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,23 +190,23 @@ def _report(summaries: list[Mapping[str, Any]], output: bytes) -> None:
     )
 
 
-class _Screen:
+class _Screen(ABC):
     """Where the demonstration shows itself."""
 
     def __enter__(self) -> _Screen:
         return self
 
     def __exit__(self, *_details: object) -> None:
-        pass
+        return  # nothing to clear away
 
-    def note(self, text: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def note(self, text: str) -> None: ...
 
-    def console(self, name: str, output: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def console(self, name: str, output: bytes) -> None: ...
 
-    def progress(self, event: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def progress(self, event: Mapping[str, Any]) -> None: ...
 
 
 class _Plain(_Screen):

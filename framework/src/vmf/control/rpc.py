@@ -101,6 +101,7 @@ def error_from(error: object) -> VmfError:
     if not isinstance(data, dict) or not isinstance(data.get("message"), str):
         return ControlError(f"The machine's process refused: {error.get('message')}.")
     kind = _class_of(str(data.get("code")))
+    # Attributes that only some of the classes declare: which class it is was decided by the other side's code.
     made = kind(data["message"], str(data.get("remedy", "")))
     if "teleport_id" in data:
         made.teleport_id = str(data["teleport_id"])  # type: ignore[attr-defined]
