@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import mmap
 import os
 import platform
+import select
 import socket
 import statistics
+import struct
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+_IN_MODIFY = 2  # <sys/inotify.h>
 
 
 def machine_line() -> str:
@@ -103,6 +109,57 @@ class MemoryWatch:
         except (FileNotFoundError, ProcessLookupError):
             pass  # a source that has left
         return self._peak - self._ram
+
+
+class StillWatch:
+    """How long a guest stood still on its way between two hosts, seen from outside, the same way for any program.
+
+    The guest writes a byte every millisecond. A process of its own is told by the kernel (inotify) when either host's
+    serial log grows; what counts is from the last growth of the source's to the first of the target's.
+    """
+
+    def __init__(self, source: Path, target: Path) -> None:
+        """Both files are there."""
+        self._ours, theirs = socket.socketpair()
+        self._child = os.fork()
+        if self._child == 0:
+            try:
+                self._ours.close()
+                theirs.sendall(struct.pack("d", self._look(source, target, theirs)))
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def _look(self, source: Path, target: Path, control: socket.socket) -> float:
+        libc = ctypes.CDLL(None, use_errno=True)
+        queue = libc.inotify_init1(0)
+        watches = [libc.inotify_add_watch(queue, os.fsencode(path), _IN_MODIFY) for path in (source, target)]
+        if min(queue, *watches) < 0:
+            return math.nan
+        last = time.perf_counter()
+        poll = select.poll()
+        for descriptor in (queue, control.fileno()):
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            ready = [descriptor for descriptor, _ in poll.poll()]
+            now = time.perf_counter()
+            if queue not in ready:
+                return math.nan
+            seen = {event[0] for event in struct.iter_unpack("iIII", os.read(queue, 4096))}
+            if watches[1] in seen:
+                return now - last
+            last = now
+
+    def wait(self, timeout: float = 10) -> float:
+        """Seconds; not a number when the target's log did not grow within `timeout`."""
+        self._ours.settimeout(timeout)
+        try:
+            (answer,) = struct.unpack("d", self._ours.recv(8))
+        except TimeoutError:
+            answer = math.nan
+        self._ours.close()
+        os.waitpid(self._child, 0)
+        return float(answer)
 
 
 def loopback_ceiling(total_bytes: int = 2 << 30, piece: int = 1 << 20, *, pairs: int = 1, fresh: bool = False) -> float:

@@ -45,13 +45,13 @@ class Qemu:
         assert PROGRAM is not None
         ours, theirs = socket.socketpair()
         self._directory = tempfile.TemporaryDirectory(prefix="vmf-peer-")
-        self._log = Path(self._directory.name) / "serial"
-        self._log.touch()
+        self.log = Path(self._directory.name) / "serial"
+        self.log.touch()
         command = [
             *(PROGRAM, "-nodefaults", "-no-user-config", "-display", "none", "-M", machine, "-accel", "tcg"),
             *("-cpu", "max", "-smp", "1", "-m", f"{memory_mib}M"),
             *("-kernel", str(kernel), "-initrd", str(initrd), "-append", cmdline),
-            *("-chardev", f"file,id=serial,path={self._log}", "-serial", "chardev:serial"),
+            *("-chardev", f"file,id=serial,path={self.log}", "-serial", "chardev:serial"),
             *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"),
         ]
         command += extra
@@ -95,7 +95,7 @@ class Qemu:
                 return answer["return"]
 
     def output(self) -> bytes:
-        return self._log.read_bytes()
+        return self.log.read_bytes()
 
     def wait_for_output(self, text: bytes, timeout: float = 120) -> float:
         """Seconds from the process's start until `text` stands in the serial output."""

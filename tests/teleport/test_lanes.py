@@ -70,9 +70,9 @@ def test_a_writing_guest_arrives_byte_for_byte_over_several_channels(pair, links
         seen["left"] = bytes(source.memory.buffer)
         return save()
 
-    def resuming(elapsed_ns: int, running: bool) -> None:
+    def resuming(stopped_at_ns: int, running: bool) -> int:
         seen["arrived"] = bytes(target.memory.buffer)
-        resume(elapsed_ns, running)
+        return resume(stopped_at_ns, running)
 
     source.save, target.resume = saving, resuming
     connect = Counted(waiting)

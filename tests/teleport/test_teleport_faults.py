@@ -298,9 +298,9 @@ def test_running_is_lost_on_the_way(pair):
     theirs = waiting.listener.last
     resume = target.resume
 
-    def cut(elapsed_ns: int, running: bool) -> None:
+    def cut(stopped_at_ns: int, running: bool) -> int:
         theirs.shutdown()
-        resume(elapsed_ns, running)
+        return resume(stopped_at_ns, running)
 
     target.resume = cut
     with pytest.raises(TeleportUncertain) as caught:

@@ -69,9 +69,9 @@ def test_a_writing_guest_loses_nothing(pair):
     source.save = saving
     resume = target.resume
 
-    def resuming(elapsed_ns, running):
+    def resuming(stopped_at_ns, running):
         stopped["arrived"] = contents(target)
-        resume(elapsed_ns, running)
+        return resume(stopped_at_ns, running)
 
     target.resume = resuming
     summary = pair.teleport(source, waiting)

@@ -59,9 +59,9 @@ def test_a_writing_guest_arrives_byte_for_byte(pair, tracker):
         seen["left"] = bytes(source.memory.buffer)
         return save()
 
-    def resuming(elapsed_ns: int, running: bool) -> None:
+    def resuming(stopped_at_ns: int, running: bool) -> int:
         seen["arrived"] = bytes(target.memory.buffer)
-        resume(elapsed_ns, running)
+        return resume(stopped_at_ns, running)
 
     source.save, target.resume = saving, resuming
     summary, arrived = tcp_teleport(source, target)

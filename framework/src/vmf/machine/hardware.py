@@ -421,13 +421,16 @@ class Hardware:
 
         self.thread.call(restore)
 
-    def advance_and_run(self, elapsed_ns: int, *, running: bool) -> None:
-        """After `restore`: move guest time on by the downtime and run, or stay paused as it was."""
+    def catch_up_and_run(self, stopped_at_ns: int, *, running: bool) -> int:
+        """After `restore`: move guest time on by what has passed since it was stopped (both in ns of this host's
+        CLOCK_MONOTONIC) and run, or stay paused as it was. Returns when it was let run."""
 
-        def go() -> None:
+        def go() -> int:
             assert self._frozen_tsc is not None
+            now = time.monotonic_ns()
             if not running:
-                return
+                return now
+            elapsed_ns = max(0, now - stopped_at_ns)
             self.clock.set(self.clock.now() + elapsed_ns)
             self.vcpu.write_tsc(self._frozen_tsc + elapsed_ns * self.tsc_khz // 1_000_000)
             self._frozen_tsc = None
@@ -436,8 +439,9 @@ class Hardware:
             self.thread.set_running(True)
             if self.console.has_input:
                 self._offer_input()
+            return now
 
-        self.thread.call(go)
+        return self.thread.call(go)
 
     def discard(self) -> None:
         """Forget whatever was restored, RAM too."""

@@ -220,9 +220,10 @@ class TeleportView:
     def restore(self, payloads: Sequence[Payload]) -> None:
         self._machine.hardware.restore(payloads)
 
-    def resume(self, elapsed_ns: int, running: bool) -> None:
-        self._machine.hardware.advance_and_run(elapsed_ns, running=running)
+    def resume(self, stopped_at_ns: int, running: bool) -> int:
+        resumed_at = self._machine.hardware.catch_up_and_run(stopped_at_ns, running=running)
         self._machine.set_state(MachineState.RUNNING if running else MachineState.PAUSED)
+        return resumed_at
 
     def discard_arrival(self) -> None:
         self._machine.hardware.discard()

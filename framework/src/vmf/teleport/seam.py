@@ -64,9 +64,12 @@ class TeleportableMachine(Protocol):
     def restore(self, payloads: Sequence[Payload]) -> None:
         """At the target: take over the state; raises StateError and changes nothing when it cannot."""
 
-    def resume(self, elapsed_ns: int, running: bool) -> None:
-        """At the target after HANDOVER: guest time first advances by `elapsed_ns` (downtime since the source's
-        clock was saved), then the vCPU runs, unless `running` is False. Never raises once restored."""
+    def resume(self, stopped_at_ns: int, running: bool) -> int:
+        """At the target after HANDOVER: let the vCPU run, unless `running` is False. Never raises once restored.
+
+        Guest time first advances by what has passed since `stopped_at_ns`, when the guest stopped at the source, by
+        this host's CLOCK_MONOTONIC. Returns when it was let run, by the same clock.
+        """
 
     def discard_arrival(self) -> None:
         """At the target: forget everything that arrived (RAM too) and be as before, waiting."""

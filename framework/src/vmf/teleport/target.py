@@ -62,6 +62,9 @@ _LINES = 32
 _PATIENCE_S = 0.5
 """For the session to end, before a second connection is told "busy"; longer when it is being cleaned up already."""
 _ENDING_S = 10.0
+SETTLE_S = 0.01
+"""A guest that has arrived finds the caches of its CPU backend empty. What has time waits so long, so that the interpreter
+and the processor are the guest's meanwhile."""
 
 
 @frozen
@@ -381,9 +384,7 @@ class _Session:
 
     def _run_guest(self) -> None:
         assert self._state is not None
-        running = self._state.running
-        self._machine.resume(self._received_at - self._stopped_at if running else 0, running)
-        self._resumed_at = time.monotonic_ns()
+        self._resumed_at = self._machine.resume(self._stopped_at, self._state.running)
 
     # The conversation
 
@@ -550,9 +551,8 @@ class _Session:
         if error is not None:
             log.error("the machine runs here; but: %s", error)
         confirmed = False
+        time.sleep(SETTLE_S)
         try:
-            for phase in (Phase.PAUSE, Phase.HANDOVER, Phase.RUNNING):  # told late, see above
-                report.phase(phase)
             self._channel.set_timeout(self._options.done_timeout_s)
             self._expect(m.Done)
             custodian.do(TargetEvent.CONFIRMED)
@@ -560,6 +560,8 @@ class _Session:
         except VmfError as lost:
             log.info("the machine runs here; the source's good-bye did not come: %s", lost)
         self._link.finish(said=False)
+        for phase in (Phase.PAUSE, Phase.HANDOVER, Phase.RUNNING):  # told late, see above
+            report.phase(phase)
         try:
             self._journal.flush(hello.teleport_id)
         except VmfError as unwritten:

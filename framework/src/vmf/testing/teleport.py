@@ -312,11 +312,13 @@ class FakeMachine:
         (payload,) = payloads
         self.counter = payload.body["counter"]
 
-    def resume(self, elapsed_ns: int, running: bool) -> None:
+    def resume(self, stopped_at_ns: int, running: bool) -> int:
         self._call("resume")
-        self.elapsed_ns = elapsed_ns
+        now = time.monotonic_ns()
+        self.elapsed_ns = now - stopped_at_ns if running else 0
         if running:
             self.start()
+        return now
 
     def discard_arrival(self) -> None:
         self._call("discard_arrival")

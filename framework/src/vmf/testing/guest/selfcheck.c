@@ -4,6 +4,7 @@
  *   selfcheck run [-m MIB] [-r MIB_PER_S] [-t TICK_MS] [-p PAUSE_MS]
  *   selfcheck dirty MIB_PER_S [MIB]     write to pages at a steady rate, for ever
  *   selfcheck fill MIB                  fill memory with incompressible data, say so, and idle
+ *   selfcheck beat US                   write one byte to the console every US microseconds, and sleep in between
  *
  * "run" starts one process for each thing that must survive: integer arithmetic, x87 arithmetic, SSE arithmetic, a walk
  * over memory (MIB of it, at MIB_PER_S; 0 = as fast as it goes), fork and pipes, signals and interval timers, and the
@@ -455,12 +456,23 @@ __attribute__((noreturn)) static void dirty(unsigned rate, size_t mib)
 	}
 }
 
+__attribute__((noreturn)) static void beat(int64_t us)
+{
+	printf("beating every %lld us\n", (long long)us);
+	for (;;) {
+		sleep_ns(us * 1000);
+		say(".", 1);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	unsigned mib = 8, rate = 16, tick_ms = 100;
 	setvbuf(stdout, NULL, _IONBF, 0);
 	if (argc >= 3 && !strcmp(argv[1], "dirty") && atoi(argv[2]) > 0)
 		dirty(atoi(argv[2]), argc > 3 ? atoi(argv[3]) : 128);
+	if (argc == 3 && !strcmp(argv[1], "beat") && atoi(argv[2]) > 0)
+		beat(atoi(argv[2]));
 	if (argc == 3 && !strcmp(argv[1], "fill")) {
 		fill(take(atoi(argv[2])), atoi(argv[2]));
 		printf("filled %s MiB\n", argv[2]);
@@ -484,6 +496,7 @@ int main(int argc, char **argv)
 		if (mib && tick_ms)
 			return run(mib, rate, tick_ms);
 	}
-	fputs("usage: selfcheck run [-m MIB] [-r MIB/S] [-t TICK_MS] [-p PAUSE_MS] | dirty MIB/S [MIB] | fill MIB\n", stderr);
+	fputs("usage: selfcheck run [-m MIB] [-r MIB/S] [-t TICK_MS] [-p PAUSE_MS] | dirty MIB/S [MIB] | fill MIB | beat US\n",
+	      stderr);
 	return 2;
 }
