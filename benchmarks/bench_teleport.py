@@ -6,9 +6,9 @@
     c  4 GiB holding 2 GiB incompressible       d  16 GiB, almost untouched
     e, f  as a and b, with a byte on the serial port every millisecond
 
-"vmf downtime" and "QEMU downtime" are each program's own account, and not of the same thing: QEMU's ends when the source
-has sent everything, vmf's when the guest runs at the target. In e and f the guest is watched from outside, both programs'
-the same way: "still" is the time between its last byte at the source and its first at the target.
+"vmf downtime" and "QEMU downtime" are each program's own account, and not of the same thing: QEMU's ends when the
+source has sent everything, vmf's when the guest runs at the target. In e and f the guest is watched from outside, both
+programs' the same way: "still" is the time between its last byte at the source and its first at the target.
 
 Printed besides: the raw speed of a plain Python socket pair over loopback in the same run (the ceiling), and the most
 private memory that each side's process held on top of guest RAM.

@@ -25,10 +25,10 @@ from vmf.teleport.protocol import NEED_DATA, Connection, Role
 FUZZ = Path(__file__).parent / "fuzz.py"
 NAMES = (
     "answers", "certificates", "cpuid", "definition", "description", "device", "headers", "hello", "image", "journal",
-    "leases", "message", "password", "payload", "requests", "runs", "server-hello", "source", "states", "stream",
-    "talk", "target", "vcpu",
+    "leases", "message", "password", "payload", "requests", "runs", "sealed", "server-hello", "source", "states",
+    "stream", "talk", "target", "vcpu",
 )  # fmt: skip
-SLOW = {"certificates", "description", "hello", "server-hello", "source", "states", "target"}
+SLOW = {"certificates", "description", "hello", "sealed", "server-hello", "source", "states", "target"}
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,25 @@
-"""TLS: a directory of certificates with anything in its files, and peers that say anything in a handshake."""
+"""TLS: a directory of certificates with anything in its files, peers that say anything in a handshake, and a wire on
+which anything is done to what they say afterwards.
+"""
 
 from __future__ import annotations
 
 import base64
 import functools
 import socket
+import ssl
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from fuzzing import Choices, Finding, Target
 from vmf.errors import TransportError, TransportRefused
+from vmf.memory.guest import PAGE_SIZE
 from vmf.transport.base import Address
 from vmf_transport_tls import files, handshake, issue
+from vmf_transport_tls.channel import Stream, TlsChannel
 
 _NAMES = (files.CA_CERT, files.cert_file("server"), files.key_file("server"))
 _PEER = Address("tls", "127.0.0.1", 1)
@@ -126,8 +133,6 @@ def server_hello(data: bytes) -> None:
 
 def _first_words() -> tuple[bytes, bytes]:
     """What a client and a server say first."""
-    import ssl
-
     incoming, outgoing, back = ssl.MemoryBIO(), ssl.MemoryBIO(), ssl.MemoryBIO()
     client = _credentials("client").context.wrap_bio(incoming, outgoing, server_hostname="localhost")
     try:
@@ -158,8 +163,104 @@ def server_hello_seeds() -> Iterator[bytes]:
     yield b"HTTP/1.1 400 Bad Request\r\n"
 
 
+_RAM = np.random.default_rng(3).integers(0, 256, 3 * PAGE_SIZE, dtype=np.uint8)
+_RUNS = np.array([[0, PAGE_SIZE], [2 * PAGE_SIZE, PAGE_SIZE], [7, 30]], dtype=np.uint64)
+_SAID = b"PAGES"
+_TURNS = 2
+_AT_ONCE = 1 << 20
+
+
+def _shaken() -> tuple[Stream, Stream]:
+    """A source's and a target's ends, with keys for RAM."""
+    streams = []
+    for role, name in (("client", "localhost"), ("server", None)):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = _credentials("client" if role == "client" else "server").context
+        tls = context.wrap_bio(incoming, outgoing, server_side=name is None, server_hostname=name)
+        streams.append(Stream(tls, incoming, outgoing, (bytes(32), bytes(range(32)))))
+    for _ in range(3):
+        for here, there in (streams, streams[::-1]):
+            try:
+                here.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            there.incoming.write(here.outgoing.read())
+    return streams[0], streams[1]
+
+
+def _channel(stream: Stream) -> tuple[TlsChannel, socket.socket]:
+    ours, theirs = socket.socketpair()
+    for each in (ours, theirs):
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _AT_ONCE)
+    return TlsChannel(theirs, _PEER, _PEER, stream, ()), ours
+
+
+def sealed_ram(data: bytes) -> None:
+    """What a source says and its RAM, changed on the way: what arrives is what was sent, up to an error."""
+    choices = Choices(data)
+    (source, wire), (target, back) = map(_channel, _shaken())
+    try:
+        parts = []
+        for _ in range(_TURNS):
+            source.send(_SAID)
+            parts.append(wire.recv(_AT_ONCE))
+            source.send_ranges(memoryview(_RAM.data), _RUNS)
+            parts.append(wire.recv(_AT_ONCE))
+        sent = b"".join(parts)
+        for _ in range(choices.number() % 4):
+            how, at = choices.number(), choices.number() % len(parts)
+            if how % 4 == 0:
+                parts[at] = b""
+            elif how % 4 == 1:
+                parts.insert(at, parts[how // 4 % len(parts)])
+            elif how % 4 == 2:
+                cut = choices.number(2) % (len(parts[at]) + 1)
+                parts[at] = parts[at][:cut] + choices.take(how // 4) + parts[at][cut + how // 4 :]
+            else:
+                cut = choices.number(2) % (len(parts[at]) + 1)
+                parts[at] = parts[at][:cut] + choices.take(how // 4) + parts[at][cut:]
+        changed = b"".join(parts) + choices.rest()
+        back.sendall(changed[: _AT_ONCE // 2])
+        back.shutdown(socket.SHUT_WR)
+        _hear(target, whole=changed.startswith(sent))
+    finally:
+        for each in (source, target):
+            each.close()
+        for end in (wire, back):
+            end.close()
+
+
+def _hear(target: TlsChannel, *, whole: bool) -> None:
+    try:
+        for _ in range(_TURNS):
+            said, ram = bytearray(len(_SAID)), np.zeros(_RAM.size, dtype=np.uint8)
+            target.recv_into(memoryview(said))
+            target.recv_ranges(memoryview(ram.data), _RUNS)
+            same = all((ram[at : at + n] == _RAM[at : at + n]).all() for at, n in _RUNS.tolist())
+            if said != _SAID or not same:
+                raise Finding("something else arrived than was sent")
+    except TransportError as error:
+        if not str(error).isprintable():
+            raise Finding(f"an error repeats what came: {error!r}") from None
+        if whole:
+            raise Finding(f"what was sent did not arrive: {error}") from None
+    else:
+        if not whole:
+            raise Finding("a change was not noticed")
+
+
+def sealed_seeds() -> Iterator[bytes]:
+    yield b""
+    yield bytes([0]) + b"\x56\0\0\0\x11" + bytes(17)
+    for how in range(4):
+        for at in range(2 * _TURNS):
+            yield bytes([1, how + 4 * 3, at, 9, 0]) + b"\x56\xff\xff"
+            yield bytes([2, how + 4 * 7, at, 0, 0, how, at + 1]) + b"\x17\x03\x03\x40\x11\x99\x99"
+
+
 TARGETS = (
     Target("certificates", certificates, certificate_seeds, 1024, 0.5),
     Target("hello", hello, hello_seeds, 1024, 0.5),
+    Target("sealed", sealed_ram, sealed_seeds, 512, 1.0),
     Target("server-hello", server_hello, server_hello_seeds, 2048, 0.5),
 )

@@ -63,8 +63,8 @@ _PATIENCE_S = 0.5
 """For the session to end, before a second connection is told "busy"; longer when it is being cleaned up already."""
 _ENDING_S = 10.0
 SETTLE_S = 0.01
-"""A guest that has arrived finds the caches of its CPU backend empty. What has time waits so long, so that the interpreter
-and the processor are the guest's meanwhile."""
+"""A guest that has arrived finds the caches of its CPU backend empty. What has time waits so long, so that the
+interpreter and the processor are the guest's meanwhile."""
 
 
 @frozen

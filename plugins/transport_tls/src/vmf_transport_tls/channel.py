@@ -4,8 +4,11 @@ Theory of operation. One thread sends while another receives, and an OpenSSL con
 threads at once; neither may it be locked while a system call waits, or a silent peer would stop our own sending. So
 the connection never sees the socket: it works on two buffers (ssl.MemoryBIO), `incoming` and `outgoing`, under the
 lock `_state`, which is only held for computing. System calls happen outside of it, on a blocking socket with the
-kernel's time-outs, as for plain TCP (`vmf.transport.sockets`). Measured, this is as fast as an SSLSocket or faster:
-that makes three system calls for every 16 KiB.
+kernel's time-outs, as for plain TCP (`vmf.transport.sockets`).
+
+What is said goes through that. Guest RAM (`send_ranges`, `recv_ranges`) goes beside it, as frames between the TLS
+records, where both ends can: `vmf_transport_tls.sealed` says how and why it is safe. So that a frame is never taken for
+TLS's, what comes from the socket is cut at the records, and only whole ones are given to OpenSSL.
 
 Encrypted records must leave in the order in which they were made: `_sending` is held from the first encryption to the
 last byte written. When receiving makes an answer (to a request for new keys), whoever holds `_sending` next takes it
@@ -23,25 +26,35 @@ import threading
 from typing import NoReturn
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 
 from vmf.errors import TransportError
 from vmf.memory.guest import PAGE_SIZE
 from vmf.transport.base import Address, Buffer, ByteRanges
 from vmf.transport.sockets import SocketChannel
+from vmf_transport_tls import sealed
 from vmf_transport_tls.pieces import GATHER_PAGES, page_rows, pieces
 
 _PIECE = 256 << 10
-"""Bytes that are encrypted before they are written to the socket; also the most that is read at once."""
+"""Bytes that are encrypted before they are written to the socket."""
+_WIRE = 1 << 20
+"""Bytes of the buffer for what comes from the socket; a whole frame, and what came with it."""
+_TLS_HEADER = 5
+ALTERED = "what came had been altered on the way, or was said twice, late or not at all"
 
 
 @frozen
 class Stream:
-    """A TLS connection that has shaken hands, and its two buffers."""
+    """A TLS connection that has shaken hands, and its two buffers.
+
+    Attributes:
+        shares: random bytes of the source and of the target for sealing RAM; None when it goes through TLS.
+    """
 
     tls: ssl.SSLObject
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
+    shares: tuple[bytes, bytes] | None = field(default=None, repr=False)
 
 
 class TlsChannel(SocketChannel):
@@ -75,7 +88,21 @@ class TlsChannel(SocketChannel):
         """Of the sender."""
         self._scatter = np.empty((GATHER_PAGES, PAGE_SIZE), dtype=np.uint8)
         """Of the receiver."""
-        self._wire = memoryview(bytearray(_PIECE))
+        self._wire = memoryview(bytearray(_WIRE))
+        """Of the receiver: from `_start` to `_end` lies what came and was not used."""
+        self._start = self._end = 0
+        self._keep(stream.incoming.read())  # came with the handshake: maybe not all of it is TLS's
+        self._said = self._heard = 0
+        """Bytes that went through TLS, by direction."""
+        self._sealer: sealed.Sealer | None = None
+        self._opener: sealed.Opener | None = None
+        if stream.shares is not None:
+            ways = (sealed.SOURCE_TO_TARGET, sealed.TARGET_TO_SOURCE)
+            ours, theirs = ways[::-1] if stream.tls.server_side else ways
+            self._sealer = sealed.Sealer(*stream.shares, ours)
+            self._opener = sealed.Opener(*stream.shares, theirs)
+            self._frame = memoryview(bytearray(sealed.HEADER.size + sealed.MOST + sealed.TAG_SIZE))
+            """Of the sender."""
 
     def _broken(self, error: ssl.SSLError, doing: str) -> NoReturn:
         """Raise what an error of the TLS connection itself means."""
@@ -86,13 +113,16 @@ class TlsChannel(SocketChannel):
         if "ALERT" in reason and "BAD_RECORD_MAC" in reason:
             what = "what came there had been altered on the way, or was said twice, late or not at all"
         elif "BAD_RECORD_MAC" in reason or "DIGEST_CHECK_FAILED" in reason:
-            what = "what came had been altered on the way, or was said twice, late or not at all"
+            what = ALTERED
         else:
             what = reason.replace("_", " ").lower()
-        raise TransportError(
+        raise self._altered(doing, what) from error
+
+    def _altered(self, doing: str, what: str) -> TransportError:
+        return TransportError(
             f"the encrypted connection to {self.remote} broke ({doing}): {what}.",
             "Something on the way alters the data, or the other side failed. Teleport again.",
-        ) from error
+        )
 
     @property
     def cipher(self) -> str:
@@ -118,17 +148,31 @@ class TlsChannel(SocketChannel):
         """As the base class says. Raises ValueError for a range outside."""
         rows = page_rows(base)
         gathered = memoryview(self._gather.data).cast("B")
+        send = self._encrypt if self._sealer is None else self._seal
         with self._sending:
             self._check_open()
+            if self._sealer is not None:
+                self._flush()
             for piece in pieces(base.nbytes, ranges):
                 if isinstance(piece, tuple):
                     offset, length = piece
-                    self._encrypt(base[offset : offset + length])
+                    send(base[offset : offset + length])
                 else:
                     # "clip" because with "raise" NumPy would copy through a buffer of its own
                     np.take(rows, piece, axis=0, out=self._gather[: len(piece)], mode="clip")
-                    self._encrypt(gathered[: len(piece) * PAGE_SIZE])
-            self._flush()
+                    send(gathered[: len(piece) * PAGE_SIZE])
+            if self._sealer is None:
+                self._flush()
+
+    def _seal(self, view: memoryview) -> None:
+        """Send it in frames. Under `_sending`, with nothing of TLS's waiting to be written."""
+        assert self._sealer is not None
+        for start in range(0, view.nbytes, sealed.MOST):
+            size = self._sealer.seal(view[start : start + sealed.MOST], self._said, self._frame)
+            try:
+                self._socket.sendall(self._frame[:size], socket.MSG_NOSIGNAL)
+            except OSError as error:
+                self._fail(error, "sending")
 
     def _encrypt(self, view: memoryview) -> None:
         """Encrypt everything; write what fills a piece. Under `_sending`."""
@@ -138,7 +182,9 @@ class TlsChannel(SocketChannel):
             try:
                 with self._state:
                     while done < end:
-                        done += self._tls.write(view[done:end])
+                        taken = self._tls.write(view[done:end])
+                        done += taken
+                        self._said += taken
                     full = self._outgoing.pending >= _PIECE // 2
             except ssl.SSLError as error:
                 self._broken(error, "sending")
@@ -167,13 +213,14 @@ class TlsChannel(SocketChannel):
             raise ValueError("cannot receive into a read-only buffer")
         rows = page_rows(base)
         scattered = memoryview(self._scatter.data).cast("B")
+        receive = self._fill if self._opener is None else self._unseal
         with self._receiving:
             for piece in pieces(base.nbytes, ranges):
                 if isinstance(piece, tuple):
                     offset, length = piece
-                    self._fill(base[offset : offset + length])
+                    receive(base[offset : offset + length])
                 else:
-                    self._fill(scattered[: len(piece) * PAGE_SIZE])
+                    receive(scattered[: len(piece) * PAGE_SIZE])
                     rows[piece] = self._scatter[: len(piece)]
 
     def _fill(self, view: memoryview) -> None:
@@ -185,24 +232,97 @@ class TlsChannel(SocketChannel):
                 with self._state:
                     # A call decrypts one record; read() raises when there is no whole one left.
                     while done < size:
-                        done += int(self._tls.read(size - done, view[done:]))
+                        taken = int(self._tls.read(size - done, view[done:]))
+                        done += taken
+                        self._heard += taken
             except ssl.SSLWantReadError:
                 self._more()
             except ssl.SSLError as error:
                 self._answer()
                 self._broken(error, "receiving")
 
+    def _unseal(self, view: memoryview) -> None:
+        """Receive it in frames. Under `_receiving`."""
+        assert self._opener is not None
+        for start in range(0, view.nbytes, sealed.MOST):
+            part = view[start : start + sealed.MOST]
+            frame = self._next_frame()
+            try:
+                self._opener.open(frame, self._heard, part)
+            except sealed.Forged as error:
+                raise self._altered("receiving", ALTERED) from error
+
+    def _next_frame(self) -> memoryview:
+        """The next frame as it came; it stays until the next call that receives."""
+        while (length := self._frame_length()) is None:
+            self._give_record()
+            with self._state:
+                try:
+                    early = self._tls.read(1)
+                except ssl.SSLWantReadError:
+                    early = b""  # something between the two TLS libraries
+                except ssl.SSLError as error:
+                    self._broken(error, "receiving")
+            if early:
+                raise self._altered("receiving", ALTERED)
+            self._answer()
+        self._have(sealed.HEADER.size + length)
+        return self._use(sealed.HEADER.size + length)
+
     def _more(self) -> None:
-        """Wait for more from the socket."""
+        """Wait for more that is TLS's, and give it to OpenSSL."""
         self._answer()
+        if self._opener is None:
+            self._have(1)
+            with self._state:
+                self._incoming.write(self._use(self._end - self._start))
+        elif self._frame_length() is None:
+            self._give_record()
+        else:  # a frame where something was to be said
+            raise self._altered("receiving", ALTERED)
+
+    def _frame_length(self) -> int | None:
+        """Of the frame that comes next, None when a TLS record does."""
+        self._have(sealed.HEADER.size)
         try:
-            number = self._socket.recv_into(self._wire)
-        except OSError as error:
-            self._fail(error, "receiving")
-        if not number or self._shut:  # after a shutdown the kernel still delivers what keeps coming
-            self._ended()
+            return sealed.frame_length(self._wire[self._start : self._end])
+        except sealed.Forged as error:
+            raise self._altered("receiving", ALTERED) from error
+
+    def _give_record(self) -> None:
+        """Give one TLS record, whatever is in it, to OpenSSL."""
+        self._have(_TLS_HEADER)
+        size = _TLS_HEADER + int.from_bytes(self._wire[self._start + 3 : self._start + 5], "big")
+        self._have(size)
         with self._state:
-            self._incoming.write(self._wire[:number])
+            self._incoming.write(self._use(size))
+
+    def _have(self, size: int) -> None:
+        """Wait until so many bytes lie in `_wire`, which has room for them."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif len(self._wire) - self._start < size:
+            self._keep(bytes(self._wire[self._start : self._end]))
+        while self._end - self._start < size:
+            self._check_open()
+            try:
+                number = self._socket.recv_into(self._wire[self._end :])
+            except OSError as error:
+                self._fail(error, "receiving")
+            if not number or self._shut:  # after a shutdown the kernel still delivers what keeps coming
+                self._ended()
+            self._end += number
+
+    def _keep(self, data: bytes) -> None:
+        """Nothing but that is in `_wire`."""
+        self._start, self._end = 0, len(data)
+        self._wire[: self._end] = data
+
+    def _use(self, size: int) -> memoryview:
+        """Take what `_have` found; it stays there until the next `_have`."""
+        view = self._wire[self._start : self._start + size]
+        self._start += size
+        return view
 
     def _answer(self) -> None:
         """Send what receiving made TLS say; a sender that is at work takes it along."""

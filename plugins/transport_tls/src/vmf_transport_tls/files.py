@@ -23,6 +23,7 @@ from typing import Any, Literal
 from attrs import frozen
 
 from vmf.errors import TransportError
+from vmf_transport_tls import sealed
 from vmf_transport_tls.ciphers import prefer_fast
 
 Role = Literal["server", "client"]
@@ -93,6 +94,8 @@ def load(directory: Path, role: Role) -> Credentials:
         context.hostname_checks_common_name = False
     context.verify_mode = ssl.CERT_REQUIRED
     prefer_fast(context)
+    if sealed.available():
+        context.set_alpn_protocols([sealed.ALPN])
     try:
         context.load_verify_locations(cafile=ca)
     except (ssl.SSLError, OSError) as error:

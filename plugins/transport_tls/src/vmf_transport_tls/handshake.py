@@ -3,6 +3,9 @@
 In TLS 1.3 a client has finished before the server has judged its certificate. So the server's first encrypted bytes
 are a verdict: one byte (0 welcome, 1 refused), two bytes of length, and a reason in UTF-8. Only after that is a
 connection made for its caller; and a refused source learns both names.
+
+Where both ends can seal RAM beside TLS (`vmf_transport_tls.sealed`; agreed by ALPN), the source's first encrypted bytes
+are its share of the keys, and a welcome has the target's behind it.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ import struct
 import time
 from collections.abc import Callable
 
+from attrs import evolve
+
 from vmf.errors import TransportClosed, TransportError, TransportRefused, TransportTimeout
 from vmf.transport.base import Address
+from vmf_transport_tls import sealed
 from vmf_transport_tls.channel import Stream
 from vmf_transport_tls.files import Credentials, is_allowed, peer_names
 
@@ -175,8 +181,13 @@ def serve(
                 f"and this target ({own}) allows only {quoted(allow)}.",
                 "Add the name to the machine's allow list (`vmf modifyvm NAME --teleporter-allow`), if it may.",
             )
-        talk.write(_VERDICT.pack(_WELCOME, 0))
-        return talk.stream, names
+        shares = None
+        body = b""
+        if talk.stream.tls.selected_alpn_protocol() == sealed.ALPN:
+            body = sealed.new_share()
+            shares = (talk.read(sealed.SHARE_SIZE), body)
+        talk.write(_VERDICT.pack(_WELCOME, len(body)) + body)
+        return evolve(talk.stream, shares=shares), names
     except _Plaintext:
         _linger(connection)
         raise TransportRefused(
@@ -200,9 +211,12 @@ def call(
     try:
         talk.run(talk.stream.tls.do_handshake)
         names = peer_names(talk.stream.tls.getpeercert())
+        share = sealed.new_share() if talk.stream.tls.selected_alpn_protocol() == sealed.ALPN else b""
+        if share:
+            talk.write(share)
         verdict, length = _VERDICT.unpack(talk.read(_VERDICT.size))
-        if verdict == _WELCOME and not length:
-            return talk.stream, names
+        if verdict == _WELCOME and length == len(share):
+            return evolve(talk.stream, shares=(share, talk.read(length)) if share else None), names
         if verdict != _REFUSED or length > MAX_REASON:
             raise TransportError(
                 f"{address} speaks TLS, but is no vmf machine.", "Check that host and port are those of the target."
