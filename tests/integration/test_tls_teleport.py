@@ -21,7 +21,7 @@ from vmf.memory.guest import MIB
 from vmf.testing.hosts import Host
 from vmf.testing.serial_check import check
 
-pytest.importorskip("vmf_transport_tls")
+sealed = pytest.importorskip("vmf_transport_tls.sealed")
 PATTERN = b"the secret of this machine, 48 bytes, in its RAM"
 PATTERN_AT = 30 * MIB
 
@@ -193,6 +193,74 @@ class Recorder:
     def close(self) -> None:
         self._thread.join(20)
         self._server.close()
+
+
+class Meddler(Recorder):
+    """A proxy that does something to one of the frames in which RAM crosses, once."""
+
+    def __init__(self, port: int, how: str) -> None:
+        self._how = how
+        self.done = False
+        super().__init__(port)
+
+    def _pass(self, come: socket.socket, go: socket.socket) -> None:
+        stream = come.makefile("rb")
+        try:
+            while len(header := stream.read(5)) == 5:
+                ram = header[0] == sealed.KIND
+                body = stream.read(int.from_bytes(header[1 if ram else 3 :], "big"))
+                unit = header + body
+                if ram and not self.done:
+                    self.done = True
+                    if self._how == "flip":
+                        unit = unit[:-20] + bytes([unit[-20] ^ 4]) + unit[-19:]
+                    elif self._how == "repeat":
+                        unit += unit
+                    elif self._how == "drop":
+                        unit = b""
+                    elif self._how == "late":
+                        following = stream.read(5)
+                        ram = following[0] == sealed.KIND
+                        following += stream.read(int.from_bytes(following[1 if ram else 3 :], "big"))
+                        unit = following + unit
+                    else:
+                        unit = unit[: len(unit) // 2]
+                go.sendall(unit)
+                if self._how == "cut" and self.done:
+                    break
+            go.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # one of them has broken the connection
+
+
+@pytest.mark.parametrize("how", ["flip", "repeat", "drop", "late", "cut"])
+def test_harm_to_the_frames_of_ram(hosts: tuple[Host, Host], builtin: MachineConfig, how: str) -> None:
+    """One clear error at each side; the source goes on, the target waits, and the next attempt succeeds."""
+    if not sealed.available():
+        pytest.skip("cryptography is older than 47: RAM goes through TLS")
+    source, target = hosts
+    certificates(source, target)
+    for host in hosts:
+        host.define(builtin)
+    port = target.wait("box", transport="tls")
+    source.start("box")
+    source.wait_for_output("box", b"tick 3 ")
+    log = target.home.paths("box").vmm_log
+    meddler = Meddler(port, how)
+    status, error = teleport(source, meddler.port, "--transport", "tls")
+    meddler.close()
+    assert meddler.done
+    assert status == 1
+    assert error.startswith("vmf: error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in log.read_text()
+    target.wait_for_state("box", "teleportingin")
+    wait_for_line(log, 0, "closed the connection" if how == "cut" else "had been altered on the way")
+    source.wait_for_more("box")
+    status, error = teleport(source, port, "--transport", "tls")
+    assert (status, error) == (0, "")
+    target.wait_for_more("box")
+    assert check(source.output("box") + target.output("box")).problems == ()
 
 
 @pytest.fixture
