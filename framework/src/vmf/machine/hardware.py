@@ -467,6 +467,16 @@ class Hardware:
             keys.append((device.kind, instance))
         return keys
 
+    def info(self) -> dict[str, Any]:
+        """What `Machine.info` says of it: plain data."""
+        return {
+            "cpu_backend_used": self.backend.name,
+            "guest_time_seconds": round(self.clock.now() / 1e9, 3),
+            "cpu_seconds": round(self.thread.run_seconds, 3),
+            "tsc_khz": self.tsc_khz,
+            "devices": [kind for kind, _ in self.device_keys()],
+        }
+
     def uptime_ns(self) -> int:
         """Guest time."""
         return self.clock.now()

@@ -20,23 +20,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vmf.cpu.backend import CpuBackend, ExitReason, VmExit
-from vmf.errors import (
-    InvalidStateError,
-    LeaseLost,
-    MachineError,
-    TeleportError,
-    VmfError,
-)
+from vmf.errors import InvalidStateError, LeaseLost, MachineError, VmfError
 from vmf.machine.config import MachineConfig
 from vmf.machine.console import SerialConsole
-from vmf.machine.contract import (
-    AUTO_BACKEND,
-    ContractOrigin,
-    Decision,
-    describe_choice,
-    describe_contract,
-    settle,
-)
+from vmf.machine.contract import AUTO_BACKEND, ContractOrigin, Decision, describe_choice, describe_contract, settle
 from vmf.machine.hardware import Hardware
 from vmf.machine.startup import Startup
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
@@ -120,12 +107,11 @@ class Machine:
     @property
     def hardware(self) -> Hardware:
         """The assembled hardware; raises InvalidStateError while powered off."""
-        hardware = self._hardware
-        if hardware is None:
+        if self._hardware is None:
             raise InvalidStateError(
                 f"machine {self.name} is {self._state.value}.", f"Start it with `vmf startvm {self.name}`."
             )
-        return hardware
+        return self._hardware
 
     def info(self) -> dict[str, Any]:
         """A snapshot for people and programs: plain data."""
@@ -138,27 +124,17 @@ class Machine:
             "failure": self.failure,
         }
         if hardware is not None:
-            answer |= {
-                "cpu_backend_used": hardware.backend.name,
+            answer |= hardware.info() | {
                 "cpu_backend_choice": self.backend_choice,
-                "guest_time_seconds": round(hardware.clock.now() / 1e9, 3),
-                "cpu_seconds": round(hardware.thread.run_seconds, 3),
-                "tsc_khz": hardware.tsc_khz,
-                "devices": [kind for kind, _ in hardware.device_keys()],
                 "tracing": self.tracing.under_way,
                 "drives": self.storage.info(),
             }
             if self.contract_origin is not None:
                 answer["cpuid"] = describe_contract(hardware.cpuid, self.contract_origin)
-        if (witness := self._teleporter.witness) is not None:
-            answer["answers_at"] = str(witness.address)
-        if (listener := self._teleporter.listener) is not None:
-            answer["teleporter_address"] = str(listener.address)
-            answer["teleporter_notices"] = list(listener.notices)
-        return answer
+        return answer | self._teleporter.info()
 
     def boot_digest(self) -> dict[str, str]:
-        """What a reset would start: SHA-256 of the images and the command line, by option name."""
+        """What a reset would start: SHA-256 of images and command line, by option name."""
         return self._startup.digests()
 
     # -- state
@@ -621,4 +597,4 @@ def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
     return True
 
 
-__all__ = ["Machine", "MachineState", "TeleportError", "wait_until"]
+__all__ = ["Machine", "MachineState", "wait_until"]

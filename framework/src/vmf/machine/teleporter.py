@@ -64,6 +64,16 @@ class Teleporter:
         self._done = threading.Event()
         self._done.set()
 
+    def info(self) -> dict[str, Any]:
+        """Where it can be reached, for `Machine.info`: plain data."""
+        answer: dict[str, Any] = {}
+        if (witness := self.witness) is not None:
+            answer["answers_at"] = str(witness.address)
+        if (listener := self.listener) is not None:
+            answer["teleporter_address"] = str(listener.address)
+            answer["teleporter_notices"] = list(listener.notices)
+        return answer
+
     @property
     def under_way(self) -> bool:
         """A machine is on its way out or in, or is waited for."""
