@@ -37,8 +37,10 @@ from vmf_transport_tls.pieces import GATHER_PAGES, page_rows, pieces
 
 _PIECE = 256 << 10
 """Bytes that are encrypted before they are written to the socket."""
-_WIRE = 1 << 20
-"""Bytes of the buffer for what comes from the socket; a whole frame, and what came with it."""
+_AHEAD = 64 << 10
+"""The most that is read when it is not known yet what comes."""
+_WIRE = sealed.HEADER.size + sealed.MOST + sealed.TAG_SIZE + 2 * _AHEAD
+"""Bytes of the buffer for what comes from the socket: a whole frame, and what came with it."""
 _TLS_HEADER = 5
 ALTERED = "what came had been altered on the way, or was said twice, late or not at all"
 
@@ -301,12 +303,15 @@ class TlsChannel(SocketChannel):
         """Wait until so many bytes lie in `_wire`, which has room for them."""
         if self._start == self._end:
             self._start = self._end = 0
-        elif len(self._wire) - self._start < size:
+        elif len(self._wire) - self._start < max(size, _AHEAD):
             self._keep(bytes(self._wire[self._start : self._end]))
         while self._end - self._start < size:
             self._check_open()
+            # Of a frame, no more: what follows would have to be moved to make room for the next one.
+            whole = size > _AHEAD
+            limit = self._start + (size if whole else _AHEAD)
             try:
-                number = self._socket.recv_into(self._wire[self._end :])
+                number = self._socket.recv_into(self._wire[self._end : limit], 0, socket.MSG_WAITALL if whole else 0)
             except OSError as error:
                 self._fail(error, "receiving")
             if not number or self._shut:  # after a shutdown the kernel still delivers what keeps coming

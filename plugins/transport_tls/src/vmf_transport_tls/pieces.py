@@ -1,7 +1,7 @@
 """Ranges of guest RAM in pieces that suit encryption.
 
 A TLS record holds at most 16 KiB, and each call of the TLS library makes or reads at most one. Scattered single pages
-are therefore gathered (and scattered) by NumPy in a small buffer that stays in the processor's cache, 64 pages at a
+are therefore gathered (and scattered) by NumPy in a small buffer that stays in the processor's cache, 128 pages at a
 time, and long runs are encrypted from guest RAM and decrypted into it without any copy in between.
 """
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vmf.memory.guest import PAGE_SIZE
 from vmf.transport.base import ByteRanges
 
-GATHER_PAGES = 64
+GATHER_PAGES = 128
 LONG_BYTES = 64 << 10
 """Runs from this length on go without the gathering copy."""
 
