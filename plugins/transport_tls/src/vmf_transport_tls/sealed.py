@@ -38,7 +38,7 @@ HEADER = struct.Struct("!BI")
 """As long as the header of a TLS record."""
 TAG_SIZE = 16
 MOST = 512 << 10
-"""Bytes of RAM in a frame: what a processor's second cache holds, or nearly, and large enough that calls and wake-ups do not count."""
+"""Bytes of RAM in a frame: so many that calls and wake-ups do not count, so few that a second cache holds them."""
 FRAMES_PER_KEY = 1 << 17
 SOURCE_TO_TARGET, TARGET_TO_SOURCE = "source to target", "target to source"
 _NONCE = struct.Struct("!4xQ")
