@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ log = logging.getLogger("vmf.process")
 
 MachineFactory = Callable[[MachineConfig, Callable[[VmfError], None]], ControlledMachine]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LINGER_S = 0.05
+"""A machine that has left is taken apart so much later: it may run on this very host now, and need the processor."""
 
 
 class Observer:
@@ -181,6 +184,8 @@ def _serve(
             watcher.notice(f"{signal.Signals(received[0]).name}: powering off (once more to end at once) ...")
             threading.Thread(target=_power_off, args=(machine,), name="vmf-poweroff", daemon=True).start()
         life.join()
+    if outcome.state == "teleported":
+        time.sleep(LINGER_S)
     control.close()
     console.close()
 
