@@ -196,7 +196,7 @@ def test_debian_teleports_between_kvm_and_unicorn_under_stress(kvm_lab: Lab, lab
 def test_masked_cpuid_is_masked_at_every_level(kvm_lab: Lab, tmp_path: Path) -> None:
     """Read in ring 0 at all levels and VirtualBox's profiles, and under Debian at the level of most machines."""
     command = ["python3", "tests/lab/payload/cpuid_levels.py", "--linux", "3"]
-    result = kvm_lab.run(command, timeout=300, directory=tmp_path / "back")
+    result = kvm_lab.run(command, timeout=600, directory=tmp_path / "back")
     print(result.stdout)
     assert result.status == 0, result.stdout + result.stderr
 
