@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -313,6 +314,15 @@ def test_what_is_said_where_ram_is_due(wire: Wire) -> None:
     wire.target.recv_into(memoryview(bytearray(9)))
     with pytest.raises(TransportError, match="altered on the way"):
         wire.target.recv_ranges(memoryview(bytearray(PAGE_SIZE)), np.array([[0, PAGE_SIZE]], dtype=np.uint64))
+
+
+def test_a_record_that_is_too_long_is_not_waited_for(wire: Wire) -> None:
+    wire.target.set_timeout(20)
+    wire.to_target.sendall(b"\x17\x03\x03\xff\xff")
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="broke"):
+        wire.target.recv_into(memoryview(bytearray(1)))
+    assert time.monotonic() - began < 10
 
 
 def test_what_came_with_the_welcome_is_not_lost(directory: Path) -> None:

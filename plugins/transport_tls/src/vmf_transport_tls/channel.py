@@ -42,6 +42,8 @@ _AHEAD = 64 << 10
 _WIRE = sealed.HEADER.size + sealed.MOST + sealed.TAG_SIZE + 2 * _AHEAD
 """Bytes of the buffer for what comes from the socket: a whole frame, and what came with it."""
 _TLS_HEADER = 5
+_TLS_MOST = (16 << 10) + 256
+"""Bytes behind the header (RFC 8446, 5.2)."""
 ALTERED = "what came had been altered on the way, or was said twice, late or not at all"
 
 
@@ -294,7 +296,8 @@ class TlsChannel(SocketChannel):
     def _give_record(self) -> None:
         """Give one TLS record, whatever is in it, to OpenSSL."""
         self._have(_TLS_HEADER)
-        size = _TLS_HEADER + int.from_bytes(self._wire[self._start + 3 : self._start + 5], "big")
+        length = int.from_bytes(self._wire[self._start + 3 : self._start + 5], "big")
+        size = _TLS_HEADER + (length if length <= _TLS_MOST else 0)  # of what is too long the header says enough
         self._have(size)
         with self._state:
             self._incoming.write(self._use(size))
