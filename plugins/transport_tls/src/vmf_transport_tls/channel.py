@@ -88,11 +88,14 @@ class TlsChannel(SocketChannel):
         self._incoming = stream.incoming
         self._outgoing = stream.outgoing
         self._state = threading.Lock()
+        # Not zeroed: what is never used of these takes no memory.
         self._gather = np.empty((GATHER_PAGES, PAGE_SIZE), dtype=np.uint8)
         """Of the sender."""
         self._scatter = np.empty((GATHER_PAGES, PAGE_SIZE), dtype=np.uint8)
         """Of the receiver."""
-        self._wire = memoryview(bytearray(_WIRE))
+        self._frame = memoryview(np.empty(sealed.HEADER.size + sealed.MOST + sealed.TAG_SIZE, dtype=np.uint8).data)
+        """Of the sender."""
+        self._wire = memoryview(np.empty(_WIRE, dtype=np.uint8).data)
         """Of the receiver: from `_start` to `_end` lies what came and was not used."""
         self._start = self._end = 0
         self._keep(stream.incoming.read())  # came with the handshake: maybe not all of it is TLS's
@@ -105,8 +108,6 @@ class TlsChannel(SocketChannel):
             ours, theirs = ways[::-1] if stream.tls.server_side else ways
             self._sealer = sealed.Sealer(*stream.shares, ours)
             self._opener = sealed.Opener(*stream.shares, theirs)
-            self._frame = memoryview(bytearray(sealed.HEADER.size + sealed.MOST + sealed.TAG_SIZE))
-            """Of the sender."""
 
     def _broken(self, error: ssl.SSLError, doing: str) -> NoReturn:
         """Raise what an error of the TLS connection itself means."""
@@ -260,13 +261,14 @@ class TlsChannel(SocketChannel):
         """The next frame as it came; it stays until the next call that receives."""
         while (length := self._frame_length()) is None:
             self._give_record()
-            with self._state:
-                try:
+            try:
+                with self._state:
                     early = self._tls.read(1)
-                except ssl.SSLWantReadError:
-                    early = b""  # something between the two TLS libraries
-                except ssl.SSLError as error:
-                    self._broken(error, "receiving")
+            except ssl.SSLWantReadError:
+                early = b""  # something between the two TLS libraries
+            except ssl.SSLError as error:
+                self._answer()
+                self._broken(error, "receiving")
             if early:
                 raise self._altered("receiving", ALTERED)
             self._answer()
