@@ -225,6 +225,42 @@ def release(image: Any) -> None:
     threading.Timer(0.05, image.go.set).start()
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_writes_that_come_together(bench: Any, waits: bool) -> None:
+    """Small and large ones: into the page cache by one thread, in their order; to storage that waits, by several."""
+    image = bench.image(8 << 20)
+    image.writes_wait = waits
+    by: dict[int, set[str]] = {}
+    write = image.writev
+
+    def writev(offset: int, buffers: Any) -> None:
+        write(offset, buffers)
+        by.setdefault(sum(map(len, buffers)), set()).add(threading.current_thread().name)
+
+    image.writev = writev
+    image.go.clear()
+    driver = bench.disk(image)
+    sizes = [512, 32768, 4096, 2048]
+    data = [random.Random(size).randbytes(size) for size in sizes]
+    for number, content in enumerate(data):
+        at = HEAD + number * 0x1_8000
+        driver.send((at, header(OUT, number * 256) + content), (at + 0x1_7000, 1), head=2 * number, notify=False)
+    driver.notify(0)
+    image.go.set()
+    heads = [head for head, _ in driver.wait(count=len(sizes))]
+    assert sorted(heads) == [0, 2, 4, 6]
+    for number, content in enumerate(data):
+        assert image.content[number * 131072 :][: len(content)] == content
+        assert driver.pc.memory.read(HEAD + number * 0x1_8000 + 0x1_7000, 1) == bytes([OK])
+    threads = set().union(*by.values())
+    if waits:
+        assert not any("writes" in name for name in threads)
+    else:
+        assert len(threads) == 1
+        small = [length for _, _, length in image.log if length <= 16384]
+        assert small == [512, 4096, 2048], "in the order in which the guest made them"
+
+
 def test_a_reset_waits_too(bench: Any) -> None:
     image = bench.image()
     image.go.clear()

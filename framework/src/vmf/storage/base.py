@@ -31,6 +31,9 @@ class StorageImage(ABC):
     """Bytes: what the image reads and writes best (its logical blocks are SECTOR_SIZE)."""
     can_discard: bool = False
     """`discard` gives space back; otherwise it does nothing."""
+    writes_wait: bool = True
+    """`writev` waits for the storage. False where it as a rule returns as soon as the host's page cache has the data:
+    then a device may do small writes that come together one after the other instead of side by side."""
 
     @abstractmethod
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:

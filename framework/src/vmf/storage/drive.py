@@ -94,6 +94,12 @@ class Drive:
     def attached(self) -> bool:
         return self._image is not None
 
+    @property
+    def writes_wait(self) -> bool:
+        """See `StorageImage.writes_wait`."""
+        image = self._image
+        return image is None or image.writes_wait
+
     # -- for devices: any thread
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:

@@ -58,10 +58,14 @@ AT_ONCE_MAX = 128 << 10
 """Bytes. What is read from the host's page cache on the vCPU thread: more goes quicker beside it."""
 
 
+SMALL_MAX = 16 << 10
+"""Bytes; see `_Request.small`."""
+
+
 class _Request:
     """One request under way; a job of the I/O threads."""
 
-    __slots__ = ("chain", "drive", "error", "kind", "length", "offset", "result", "segments", "sync", "views")
+    __slots__ = ("chain", "drive", "error", "kind", "length", "offset", "result", "segments", "small", "sync", "views")
 
     def __init__(self, chain: Chain, drive: Drive, kind: int, offset: int, views: list[memoryview]) -> None:
         self.chain = chain
@@ -71,6 +75,8 @@ class _Request:
         self.views = views
         self.segments: list[tuple[int, int, bool]] = []
         self.sync = False
+        self.small = False
+        """A write that costs less than the waking of a thread, so several of them are done and told together."""
         self.length = 0
         """Bytes written into guest RAM, without the status."""
         self.result = S_OK
@@ -122,9 +128,11 @@ class VirtioBlock(VirtioDevice):
         self._drive = drive
         self._sectors = drive.size // SECTOR_SIZE
         self._errors = 0
-        self._threads: IoThreads[_Request] = IoThreads(
-            f"disk at port {drive.port}", THREADS, environment.post, self._finished
-        )
+        name = f"disk at port {drive.port}"
+        self._threads: IoThreads[_Request] = IoThreads(name, THREADS, environment.post, self._finished)
+        self._writer: IoThreads[_Request] = IoThreads(f"{name}, writes", 1, environment.post, self._finished)
+        """For writes into the host's page cache: its kernel takes those of one file one after the other anyway, and
+        several threads would fight for its lock, and for the processor with the guest."""
 
     # -- what the driver sees
 
@@ -147,7 +155,8 @@ class VirtioBlock(VirtioDevice):
     # -- requests
 
     def notified(self, number: int) -> None:
-        queue = self.queues[0]
+        queue, small = self.queues[0], list[_Request]()
+        cached = not self._drive.writes_wait
         try:
             while (chain := queue.pop()) is not None:
                 request = self._request(chain)
@@ -155,9 +164,15 @@ class VirtioBlock(VirtioDevice):
                     request.kind == T_IN and request.length <= AT_ONCE_MAX and request.run_at_once()
                 ):
                     self._report(request)
-                else:
+                elif request.kind != T_OUT or request.sync or not cached:
                     self._threads.submit(request)
+                elif request.small:
+                    small.append(request)
+                else:
+                    self._writer.submit(request)
         finally:
+            if small:
+                self._writer.submit(*small)
             self.completed(queue)
 
     def _request(self, chain: Chain) -> _Request:
@@ -185,9 +200,11 @@ class VirtioBlock(VirtioDevice):
                 return _done(chain, self._drive, S_IOERR)
         elif kind == T_OUT:
             request = _Request(chain, self._drive, kind, offset, readable)
-            if not self._within(offset, sum(map(len, readable))):
+            length = sum(map(len, readable))
+            if not self._within(offset, length):
                 return _done(chain, self._drive, S_IOERR)
             request.sync = not self.features & F_FLUSH
+            request.small = length <= SMALL_MAX
         elif kind == T_FLUSH:
             request = _Request(chain, self._drive, kind, 0, [])
         elif kind in (T_DISCARD, T_WRITE_ZEROES):
@@ -258,10 +275,11 @@ class VirtioBlock(VirtioDevice):
     # -- life
 
     def quiesce(self) -> None:
-        self._threads.drain()
+        self.stop_work()
 
     def stop_work(self) -> None:
         self._threads.drain()
+        self._writer.drain()
 
     def save_own(self) -> dict[str, Any]:
         return {"sectors": self._sectors, "read_only": self._drive.read_only}
@@ -287,11 +305,12 @@ class VirtioBlock(VirtioDevice):
         self._sectors = values["sectors"]
 
     def close(self) -> None:
-        try:
-            self._threads.drain(DRAIN_SECONDS)
-        except StateError as error:
-            log.warning("%s", error)
-        self._threads.close()
+        for threads in (self._threads, self._writer):
+            try:
+                threads.drain(DRAIN_SECONDS)
+            except StateError as error:
+                log.warning("%s", error)
+            threads.close()
         for queue in self.queues:
             queue.stop()
 

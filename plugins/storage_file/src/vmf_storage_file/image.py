@@ -39,6 +39,7 @@ class FileImage(StorageImage):
         self.read_only = read_only
         self.block_size = 4096
         self.can_discard = not read_only
+        self.writes_wait = False
         self._path = path
         self._descriptor = descriptor
         self._regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
@@ -70,7 +71,7 @@ class FileImage(StorageImage):
         offset: int,
         buffers: Sequence[memoryview],
     ) -> None:
-        total = sum(buffer.nbytes for buffer in buffers)
+        total = sum(map(len, buffers))
         self._check_range(offset, total)
         done = 0
         left = buffers
