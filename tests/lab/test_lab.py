@@ -295,3 +295,44 @@ def test_debian_reads_masked_cpuid_at_every_level(kvm_lab: Lab, tmp_path: Path) 
     result = kvm_lab.run(["python3", "tests/lab/payload/cpuid_levels.py"], timeout=800, directory=tmp_path / "back")
     print(result.stdout)
     assert result.status == 0, result.stdout + result.stderr
+
+
+@pytest.mark.lab
+@pytest.mark.lab_full
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_debian_root_boots_from_a_virtio_disk_on_kvm(kvm_lab: Lab, tmp_path: Path) -> None:
+    """To a login prompt, and to a shell that answers."""
+    result = kvm_lab.run(["python3", "tests/lab/payload/root_debian.py"], timeout=600, directory=tmp_path / "back")
+    print(result.stdout)
+    assert result.status == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def storage_servers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NFS, SMB and iSCSI servers, unpacked from Debian's packages."""
+    made = tmp_path_factory.mktemp("servers") / "srv"
+    made.mkdir()
+    fetched = subprocess.run(
+        ["sh", str(TREE / "tests/lab/payload/fetch_servers.sh"), str(made)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if fetched.returncode:
+        pytest.skip(f"no servers for shared storage: {(fetched.stderr.strip() or 'apt failed').splitlines()[-1]}")
+    return made
+
+
+@pytest.mark.lab
+@pytest.mark.lab_full
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("share", ["nfs", "smb", "iscsi"])
+def test_disks_and_machines_on_shared_storage(kvm_lab: Lab, storage_servers: Path, tmp_path: Path, share: str) -> None:
+    """Mounted twice, as by two hosts: leases, handovers, a killed owner; and a writing guest that is teleported."""
+    command = ["sh", "tests/lab/payload/mount_shares.sh", "machines", share]
+    result = kvm_lab.run(command, timeout=900, directory=tmp_path / "back", files={"srv": storage_servers})
+    print(result.stdout)
+    assert result.status == 0, result.stdout + result.stderr
