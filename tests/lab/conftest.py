@@ -6,46 +6,20 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from kvmlab.budget import BUDGET_SECONDS, BudgetedLab
+
 VARIABLE = "VMF_LAB"
 """Environment: "0" leaves the lab's tests out, "full" runs all; otherwise the chosen ones run where they can."""
-BUDGET_SECONDS = 720.0
-"""For the chosen tests together, building the lab included. What has not begun by then is left out, aloud."""
-RESERVE_SECONDS = 30.0
-"""A test that has less than this left does not begin."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lab: runs in the KVM lab (tests/lab; skipped with the reason when it cannot)")
     config.addinivalue_line("markers", "lab_full: in the lab's full set only (VMF_LAB=full)")
-
-
-class BudgetedLab:
-    """The lab, with what is left of the time for all of its tests."""
-
-    def __init__(self, lab: Any, end: float | None) -> None:
-        self._lab = lab
-        self._end = end
-
-    def run(self, command: list[str], *, timeout: float, **options: Any) -> Any:
-        """`kvmlab.Lab.run`; skips the test when the time of all tests is over, before or during it."""
-        left = float("inf") if self._end is None else self._end - time.monotonic()
-        if left < RESERVE_SECONDS:
-            pytest.skip(f"the {BUDGET_SECONDS / 60:.0f} minutes for the KVM lab are over; VMF_LAB=full has no limit")
-        result = self._lab.run(command, timeout=min(timeout, left), **options)
-        print(
-            f"lab: boot {result.boot_seconds:.1f} s, command {result.command_seconds:.1f} s, all"
-            f" {result.total_seconds:.1f} s; time {self._lab.clock.factor} times slower than outside"
-        )
-        if result.timed_out and left < timeout:
-            print(result.stdout, result.stderr)
-            pytest.skip(f"cut off: the {BUDGET_SECONDS / 60:.0f} minutes for the KVM lab are over (a busy machine?)")
-        return result
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmlab import Lab, LabError, cache, job, missing, needs, packages
+from kvmlab import Lab, LabError, LabHung, LabResult, cache, job, missing, needs, packages
+from kvmlab.budget import BudgetedLab
 from kvmlab.lab import pytest_command
 from kvmlab.slowclock import LEAST, MOST, for_load, slow_clock
 
@@ -156,6 +157,32 @@ print(time.monotonic() - began, time.process_time() - cpu)
 """
 
 
+class _Hangs:
+    """A lab that hangs so many times."""
+
+    class clock:
+        factor = 1
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def run(self, command: list[str], **_options: object) -> LabResult:
+        if self.left:
+            self.left -= 1
+            raise LabHung("the lab hung and was killed")
+        return LabResult(0, False, "done", "", "", Path(), 1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_lab_that_hangs_is_started_once_more(times: int) -> None:
+    lab = BudgetedLab(_Hangs(times), None)
+    if times < 2:
+        assert lab.run(["true"], timeout=1).stdout == "done"
+    else:
+        with pytest.raises(LabHung):
+            lab.run(["true"], timeout=1)
+
+
 # -- in the lab: the chosen set, most important first, then what VMF_LAB=full adds
 
 
@@ -196,7 +223,7 @@ def test_debian_teleports_between_kvm_and_unicorn_under_stress(kvm_lab: Lab, lab
 def test_masked_cpuid_is_masked_at_every_level(kvm_lab: Lab, tmp_path: Path) -> None:
     """Read in ring 0 at all levels and VirtualBox's profiles, and under Debian at the level of most machines."""
     command = ["python3", "tests/lab/payload/cpuid_levels.py", "--linux", "3"]
-    result = kvm_lab.run(command, timeout=600, directory=tmp_path / "back")
+    result = kvm_lab.run(command, timeout=300, directory=tmp_path / "back")
     print(result.stdout)
     assert result.status == 0, result.stdout + result.stderr
 

@@ -3,7 +3,7 @@
 `Lab.build().run(["ls", "-l", "/dev/kvm"], timeout=60)` gives a `LabResult`: status, output and files.
 """
 
-from kvmlab.errors import LabError, LabUnavailable
+from kvmlab.errors import LabError, LabHung, LabUnavailable
 from kvmlab.lab import Lab, LabResult, missing
 
-__all__ = ["Lab", "LabError", "LabResult", "LabUnavailable", "missing"]
+__all__ = ["Lab", "LabError", "LabHung", "LabResult", "LabUnavailable", "missing"]

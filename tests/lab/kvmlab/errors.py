@@ -11,6 +11,12 @@ class LabError(VmfError):
     code = "lab"
 
 
+class LabHung(LabError):
+    """The emulated computer stood still, its own timer too: that says nothing about what ran in it."""
+
+    code = "lab-hung"
+
+
 class LabUnavailable(LabError):
     """This machine lacks something that the lab needs; the message names everything at once."""
 

@@ -13,7 +13,7 @@ from attrs import field, frozen
 from kvmlab import base as base_module
 from kvmlab import job, needs, packages, qemu
 from kvmlab.base import Base
-from kvmlab.errors import LabError
+from kvmlab.errors import LabError, LabHung
 from kvmlab.slowclock import SlowClock, slow_clock
 
 BOOT_SECONDS = 180.0
@@ -130,9 +130,9 @@ class Lab:
         if outcome is None:
             shutil.rmtree(target, ignore_errors=True)
             tail = "\n".join((printed["stdout"] + printed["stderr"] + printed["console"]).splitlines()[-25:])
-            raise LabError(
-                f"the lab {'ended without results' if finished else 'hung and was killed'}; its last words:\n{tail}"
-            )
+            if not finished:
+                raise LabHung(f"the lab hung and was killed; its last words:\n{tail}")
+            raise LabError(f"the lab ended without results; its last words:\n{tail}")
         slowdown = self.clock.factor
         command_seconds = (outcome.ended - outcome.started) * slowdown
         return LabResult(
