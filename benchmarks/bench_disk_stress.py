@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -192,7 +192,7 @@ def on_nbd(directory: Path, images: Sequence[Path]) -> Iterator[tuple[list[Host]
     subprocess.run([tool("qemu-img"), "convert", "-O", "raw", str(served), str(images[0])], check=True)
 
 
-def wait(condition, what: str, timeout: float) -> None:  # type: ignore[no-untyped-def]
+def wait(condition: Callable[[], object], what: str, timeout: float) -> None:
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:

@@ -157,6 +157,11 @@ print(time.monotonic() - began, time.process_time() - cpu)
 """
 
 
+def succeeded(result: LabResult) -> None:
+    print(result.stdout)
+    assert result.status == 0, result.stdout + result.stderr
+
+
 class _Hangs:
     """A lab that hangs so many times."""
 
@@ -192,8 +197,7 @@ def test_a_lab_that_hangs_is_started_once_more(times: int) -> None:
 def test_stock_debian_boots_on_kvm_to_a_shell_that_answers(kvm_lab: Lab, tmp_path: Path) -> None:
     command = ["python3", "tests/lab/payload/boot_debian.py", "--backend", "kvm", "--timeout", "300"]
     result = kvm_lab.run(command, timeout=400, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
     assert "BUG" not in result.stdout
     assert "WARNING" not in result.stdout
 
@@ -208,8 +212,7 @@ def test_debian_teleports_between_kvm_and_unicorn_under_stress(kvm_lab: Lab, lab
     if not lab_is_full:
         command += ["--within", "150"]
     result = kvm_lab.run(command, timeout=1800 if lab_is_full else 540, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
     verdict = re.search(r"^--- (\d+) moves: (\{.*?\});.* 0 problems$", result.stdout, re.MULTILINE)
     assert verdict is not None
     moves = json.loads(verdict[2])
@@ -224,8 +227,7 @@ def test_masked_cpuid_is_masked_at_every_level(kvm_lab: Lab, tmp_path: Path) -> 
     """Read in ring 0 at all levels and VirtualBox's profiles, and under Debian at the level of most machines."""
     command = ["python3", "tests/lab/payload/cpuid_levels.py", "--linux", "3"]
     result = kvm_lab.run(command, timeout=300, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
 
 
 @pytest.mark.lab
@@ -263,8 +265,7 @@ def test_the_kvm_backend_passes_its_tests_in_the_lab(kvm_lab: Lab, tmp_path: Pat
     if not list(TREE.glob("plugins/cpu_kvm/tests/test_*.py")):
         pytest.skip("plugins/cpu_kvm has no tests")
     result = kvm_lab.run(pytest_command(["-q", "plugins/cpu_kvm/tests"]), timeout=700, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
     suite = ElementTree.parse(result.results / "junit.xml").getroot().find("testsuite")
     assert suite is not None
     assert int(suite.get("tests", 0)) > int(suite.get("skipped", 0)), "not all may be skipped"
@@ -299,8 +300,7 @@ def test_debian_is_switched_to_unicorn_and_back_under_stress(kvm_lab: Lab, tmp_p
     """KVM -> Unicorn -> KVM and a trace, three rounds, while the guest checks itself."""
     command = ["python3", "tests/lab/payload/switch_debian.py", "--rounds", "3"]
     result = kvm_lab.run(command, timeout=800, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
 
 
 @pytest.mark.lab
@@ -310,8 +310,7 @@ def test_debian_is_switched_to_unicorn_and_back_under_stress(kvm_lab: Lab, tmp_p
 def test_a_disk_is_right_on_kvm_and_through_switches(kvm_lab: Lab, tmp_path: Path) -> None:
     """Writes, reads, zeroes and discards that check themselves on KVM, on Unicorn and on KVM again, with pauses."""
     result = kvm_lab.run(["python3", "tests/lab/payload/disk_debian.py"], timeout=800, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
 
 
 @pytest.mark.lab
@@ -320,8 +319,7 @@ def test_a_disk_is_right_on_kvm_and_through_switches(kvm_lab: Lab, tmp_path: Pat
 @pytest.mark.timeout(1200)
 def test_debian_reads_masked_cpuid_at_every_level(kvm_lab: Lab, tmp_path: Path) -> None:
     result = kvm_lab.run(["python3", "tests/lab/payload/cpuid_levels.py"], timeout=800, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
 
 
 @pytest.mark.lab
@@ -331,8 +329,7 @@ def test_debian_reads_masked_cpuid_at_every_level(kvm_lab: Lab, tmp_path: Path) 
 def test_a_debian_root_boots_from_a_virtio_disk_on_kvm(kvm_lab: Lab, tmp_path: Path) -> None:
     """To a login prompt, and to a shell that answers."""
     result = kvm_lab.run(["python3", "tests/lab/payload/root_debian.py"], timeout=600, directory=tmp_path / "back")
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)
 
 
 @pytest.fixture(scope="module")
@@ -361,5 +358,4 @@ def test_disks_and_machines_on_shared_storage(kvm_lab: Lab, storage_servers: Pat
     """Mounted twice, as by two hosts: leases, handovers, a killed owner; and a writing guest that is teleported."""
     command = ["sh", "tests/lab/payload/mount_shares.sh", "machines", share]
     result = kvm_lab.run(command, timeout=900, directory=tmp_path / "back", files={"srv": storage_servers})
-    print(result.stdout)
-    assert result.status == 0, result.stdout + result.stderr
+    succeeded(result)

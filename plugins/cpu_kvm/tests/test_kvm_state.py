@@ -15,7 +15,7 @@ from vmf.errors import StateError
 try:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
-except ImportError:  # in the KVM lab
+except ImportError:  # in the KVM lab; the property tests are left out where it is None
     given = None  # type: ignore[assignment]
 
 U64 = 1 << 64

@@ -25,7 +25,7 @@ class BudgetedLab:
     def run(self, command: list[str], *, timeout: float, **options: Any) -> Any:
         """`kvmlab.Lab.run`; skips the test when the time of all tests is over, before or during it.
 
-        A lab that hangs (seen twice in some dozens of runs, on a machine with other work) is started once more.
+        A lab that hangs (seen twice, both times on a machine with other work) is started once more.
         """
         left = self._left()
         try:
