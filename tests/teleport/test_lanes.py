@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from vmf.teleport.protocol import Connection, Role
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.ram import Arrival, RamReceiver
 from vmf.teleport.source import SourceOptions, teleport_source
+from vmf.transport.base import Address
 
 MIB = 1 << 20
 NAMES = [kind.name for kind in tracker_kinds()]
@@ -214,6 +216,20 @@ def test_missing_bytes_are_noticed() -> None:
         arrival.wait(15, 30)
 
 
-def test_small_machines_ask_for_none() -> None:
-    assert links_for(WORTH_BYTES - 1) == 0
-    assert 0 <= links_for(WORTH_BYTES) <= 3
+@pytest.mark.parametrize(
+    ("processors", "computes", "remote", "links"),
+    [
+        (2, False, "127.0.0.1", 1),
+        (2, True, "127.0.0.1", 0),  # one processor sends, the other one receives
+        (2, True, "192.0.2.7", 1),
+        (1, False, "192.0.2.7", 0),
+        (1, True, "127.0.0.1", 0),
+        (16, True, "127.0.0.1", 3),
+        (16, False, "192.0.2.7", 3),
+    ],
+)
+def test_additional_channels_by_default(monkeypatch, processors, computes, remote, links) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(processors)))
+    channel = SimpleNamespace(computes=computes, local=Address("x", "127.0.0.1", 1), remote=Address("x", remote, 2))
+    assert links_for(WORTH_BYTES - 1, channel) == 0
+    assert links_for(WORTH_BYTES, channel) == links

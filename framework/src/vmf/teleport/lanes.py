@@ -38,9 +38,14 @@ WORTH_BYTES = 128 << 20
 _MOST = 3
 
 
-def links_for(used_bytes: int) -> int:
-    """How many additional channels a source asks for when nobody said."""
-    return min(_MOST, (os.cpu_count() or 1) - 1) if used_bytes >= WORTH_BYTES else 0
+def links_for(used_bytes: int, channel: Channel) -> int:
+    """How many additional channels beside `channel` a source asks for when nobody said."""
+    if used_bytes < WORTH_BYTES:
+        return 0
+    processors = len(os.sched_getaffinity(0))
+    if channel.computes and channel.local.host == channel.remote.host:
+        processors //= 2  # the target has its half of the work done by the same ones
+    return min(_MOST, max(processors, 1) - 1)
 
 
 def join(connect: Callable[[], Channel], ram_pages: int, teleport_id: bytes, checked: m.Checked) -> list[Link]:

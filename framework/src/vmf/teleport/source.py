@@ -283,7 +283,7 @@ class _Source:
             return 0
         if self._options.links is not None:
             return min(self._options.links, m.MAX_LINKS)
-        return links_for(pages.count(self._machine.memory.touched_ranges()) * PAGE_SIZE)
+        return links_for(pages.count(self._machine.memory.touched_ranges()) * PAGE_SIZE, self._channel)
 
     def _agree(self) -> m.Checked | None:
         """OFFER and CHECK; None when only the check was wanted. Raises TeleportBlocked."""

@@ -45,6 +45,9 @@ class Channel(ABC):
     local: Address
     remote: Address
 
+    computes: bool = False
+    """Every byte is work for a processor at both ends (encryption), so more channels than processors are a loss."""
+
     @abstractmethod
     def set_timeout(self, seconds: float | None) -> None:
         """Longest time one send or receive call may make no progress; None waits for ever."""

@@ -69,6 +69,8 @@ class TlsChannel(SocketChannel):
         notices: what the user should know, like a certificate that expires soon.
     """
 
+    computes = True
+
     def __init__(
         self,
         connection: socket.socket,
