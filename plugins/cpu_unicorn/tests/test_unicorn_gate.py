@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import attrs
+import numpy as np
 import pytest
 
 from vmf.cpu.backend import ExitReason
@@ -355,12 +356,15 @@ def test_tsc(bench: Bench) -> None:
     assert 5_000_000_000 <= value <= bench.vcpu.read_tsc() < 15_000_000_000
 
 
-@pytest.mark.parametrize("how", ["invalidate_code", "memory_written"])
+@pytest.mark.parametrize("how", ["invalidate_code", "memory_written", "ranges_written"])
 def test_code_written_from_outside(bench: Bench, how: str) -> None:
     bench.execute(code("48c7c001000000f4"))  # mov rax,1; hlt
     assert bench.vcpu.save().registers["rax"] == 1
     bench.memory.write(CODE + 3, b"\x02")
-    getattr(bench.vcpu, how)(CODE + 3, 1)
+    if how == "ranges_written":
+        bench.vcpu.ranges_written(np.array([(0, 16), (CODE + 3, 1), (64, 4096)], dtype=np.uint64))
+    else:
+        getattr(bench.vcpu, how)(CODE + 3, 1)
     bench.vcpu.restore(bench.state())
     bench.go()
     assert bench.vcpu.save().registers["rax"] == 2

@@ -12,6 +12,7 @@ import pytest
 from vmf.device.base import Payload
 from vmf.errors import StateError
 from vmf.storage import DriveType
+from vmf_device_virtio.block import COLD_READS
 
 IN, OUT, FLUSH, GET_ID, DISCARD, ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPPORTED = 0, 1, 2
@@ -254,11 +255,80 @@ def test_writes_that_come_together(bench: Any, waits: bool) -> None:
         assert driver.pc.memory.read(HEAD + number * 0x1_8000 + 0x1_7000, 1) == bytes([OK])
     threads = set().union(*by.values())
     if waits:
-        assert not any("writes" in name for name in threads)
+        assert not any("cached" in name for name in threads)
     else:
         assert len(threads) == 1
         small = [length for _, _, length in image.log if length <= 16384]
         assert small == [512, 4096, 2048], "in the order in which the guest made them"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_large_reads(bench: Any, waits: bool) -> None:
+    """What is in the page cache is read by the one thread; what is not goes to the others, as does what follows."""
+    image = bench.image(8 << 20)
+    image.writes_wait = waits
+    image.content[:] = random.Random(3).randbytes(len(image.content))
+    by: list[str] = []
+    read = image.readv
+
+    def readv(offset: int, buffers: Any) -> None:
+        by.append("cached" if "cached" in threading.current_thread().name else "others")
+        read(offset, buffers)
+
+    image.readv = readv
+    driver = bench.disk(image)
+    size = 256 << 10
+    for number, cached in enumerate([True, True, False, True, False]):
+        image.at_once = cached
+        assert ask(driver, IN, 512 * number, (0x40_0000, size)) == OK
+        assert driver.pc.memory.read(0x40_0000, size) == image.content[size * number :][:size]
+    if waits:
+        assert by == ["others"] * 5
+    else:
+        assert by == ["cached", "cached", "others", "others", "others"]
+        image.at_once = True
+        for _ in range(COLD_READS):
+            assert ask(driver, IN, 0, (0x40_0000, size)) == OK
+        assert by[-1] == "cached", "it is looked for again after a while"
+
+
+def test_quiesce_waits_for_a_read_that_is_handed_on(bench: Any) -> None:
+    image = bench.image(8 << 20)
+    image.content[:512] = b"\7" * 512
+    driver = bench.disk(image)
+    driver.send((HEAD, header(IN, 0)), (0x40_0000, 256 << 10), (STATUS, 1))
+    driver.pc.device("virtio.blk").quiesce()
+    assert driver.used() == [(0, (256 << 10) + 1)]
+    assert status(driver) == OK
+    assert driver.pc.memory.read(0x40_0000, 512) == b"\7" * 512
+
+
+def test_requests_in_many_buffers(bench: Any) -> None:
+    """By an indirect table, as Linux does; the engine is told of all that was written."""
+    image = bench.image(8 << 20)
+    driver = bench.disk(image)
+    data = random.Random(4).randbytes(64 * 4096)
+    places = [0x40_0000 + 0x2000 * n for n in range(64)]
+    for kind in (OUT, IN):
+        rows = [(HEAD, 16, 0)] + [(place, 4096, 0 if kind == OUT else 2) for place in places] + [(STATUS, 1, 2)]
+        table = b"".join(
+            struct.pack("<QIHH", gpa, size, flags | (n < 65), n + 1) for n, (gpa, size, flags) in enumerate(rows)
+        )
+        driver.pc.memory.write(HEAD, header(kind, 8))
+        driver.pc.memory.write(STATUS, b"\xee")
+        for n, place in enumerate(places):
+            driver.pc.memory.write(place, data[4096 * n :][:4096] if kind == OUT else bytes(4096))
+        driver.pc.memory.write(0x60_0000, table)
+        driver.descriptors(0, [(0x60_0000, len(table), 4, 0)])
+        driver.pc.written.clear()
+        driver.make_available(0, 0)
+        assert driver.wait() == [(0, len(data) + 1 if kind == IN else 1)]
+        assert status(driver) == OK
+        assert image.content[4096 : 4096 + len(data)] == data
+        for n, place in enumerate(places):
+            assert driver.pc.memory.read(place, 4096) == data[4096 * n :][:4096]
+        if kind == IN:
+            assert {(place, 4096) for place in places} <= set(driver.pc.written)
 
 
 def test_a_reset_waits_too(bench: Any) -> None:

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmf.memory.guest import GuestMemory
+from vmf.memory.scattered import RamRanges, total_bytes
+from vmf_device_virtio import queue as queue_module
 from vmf_device_virtio.queue import QueueError, Virtqueue
 
 SIZE = 8
-DESC, AVAIL, USED, DATA = 0x1000, 0x2000, 0x3000, 0x4000
+DESC, AVAIL, USED, DATA, TABLE = 0x1000, 0x2000, 0x3000, 0x4000, 0x8000
 
 
 @pytest.fixture
@@ -47,6 +49,72 @@ def test_a_chain_with_an_indirect_table(queue: Virtqueue, memory: GuestMemory) -
     assert [len(view) for view in chain.writable] == [0x100, 0x100]
     assert chain.ranges == [(DATA + 0x800, 0x200)], "neighbours are one range"
     assert queue.pop() is None
+
+
+def ordinary(rows: list[tuple[int, int]], readable: int) -> list[list[int]]:
+    """A table as drivers write it: address, length, flags, next; the last one's next says nothing."""
+    flags = [0 if n < readable else 2 for n in range(len(rows))]
+    return [[*row, flags[n] | (n < len(rows) - 1), n + 1] for n, row in enumerate(rows)]
+
+
+buffers = st.tuples(st.integers(0, (16 << 20) - 70000), st.integers(1, 70000))
+spoilt = st.tuples(
+    st.integers(0, 299), st.integers(0, 3),
+    st.one_of(st.sampled_from([0, 1, 2, 3, 4, 5, 0xFFFF, 16 << 20, (16 << 20) - 8]), st.integers(0, (1 << 64) - 1)),
+)  # fmt: skip
+
+
+@pytest.mark.skipif(queue_module.take is None, reason="no compiler where it was installed: there is only one way")
+@settings(max_examples=400, deadline=None)
+@given(
+    rows=st.lists(buffers, min_size=1, max_size=300), readable=st.integers(0, 300), spoil=st.lists(spoilt, max_size=2)
+)
+def test_long_tables_are_taken_apart_alike(
+    memory: GuestMemory, rows: list[tuple[int, int]], readable: int, spoil: list[tuple[int, int, int]]
+) -> None:
+    """At once and one by one: the same buffers, and the same mistakes are found."""
+    table = ordinary(rows, min(readable, len(rows)))
+    for index, column, value in spoil:
+        table[index % len(table)][column] = value & ((1 << 64) - 1, (1 << 32) - 1, 0xFFFF, 0xFFFF)[column]
+    memory.write(DESC, bytes(0x4000))
+    for index, row in enumerate(table):
+        put(memory, index, *row, table=TABLE)
+    put(memory, 0, TABLE, 16 * len(table), 4, 0)
+    offer(memory, 0)
+    seen: list[Any] = []
+    for threshold in (1, 1 << 20):
+        queue = Virtqueue(memory, SIZE)
+        queue.desc, queue.driver, queue.device = DESC, AVAIL, USED
+        queue.start(event_index=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(queue_module, "LONG_TABLE", threshold)
+            try:
+                chain = queue.pop()
+            except QueueError as error:
+                seen.append(str(error))
+                continue
+        assert chain is not None
+        pieces = chain.ranges if isinstance(chain.ranges, list) else chain.ranges.tolist()
+        written = [gpa + n for gpa, size in pieces for n in (0, size - 1)]
+        seen.append(
+            (list(chain.readable), list(chain.writable), total_bytes(chain.readable), sum(s for _, s in pieces))
+        )
+        assert all(0 <= gpa < memory.size for gpa in written)
+    assert seen[0] == seen[1]
+    if not spoil:
+        assert not isinstance(seen[0], str)
+
+
+def test_an_ordinary_long_table_is_taken_apart_at_once(queue: Virtqueue, memory: GuestMemory) -> None:
+    rows = ordinary([(0x10_0000 + 0x8000 * n, 0x4000) for n in range(60)], 1)
+    for index, row in enumerate(rows):
+        put(memory, index, *row, table=TABLE)
+    put(memory, 0, TABLE, 16 * len(rows), 4, 0)
+    offer(memory, 0)
+    chain = queue.pop()
+    assert chain is not None
+    assert isinstance(chain.writable, RamRanges) == (queue_module.take is not None)
+    assert total_bytes(chain.writable) == 59 * 0x4000
 
 
 BAD = {

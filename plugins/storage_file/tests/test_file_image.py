@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
+from vmf.memory.guest import GuestMemory
+from vmf.memory.scattered import RamRanges
+from vmf_storage_file import image as image_module
 from vmf_storage_file import kernel
 from vmf_storage_file.driver import FileDriver
 
@@ -87,6 +92,59 @@ def test_more_buffers_than_a_call_takes(driver: FileDriver, path: str) -> None:
     image.readv(512, [memoryview(back)[at : at + 512] for at in range(0, len(data), 512)])
     assert back == data
     image.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 8)), min_size=1, max_size=40),
+    first=st.integers(0, 2000),
+    piece=st.integers(1, 1 << 16),
+    vectored=st.booleans(),
+)
+def test_pieces_of_guest_ram(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int]], first: int, piece: int, vectored: bool
+) -> None:
+    """The kernel is given their addresses: the same as views, also when it moves only a part in a call."""
+    driver = FileDriver()
+    name = str(tmp_path_factory.mktemp("pieces") / "disk")
+    driver.create(name, 4 * MIB)
+    memory = GuestMemory(MIB)
+    memory.buffer[:] = random.Random(1).randbytes(MIB)
+    ranges = RamRanges(memory, np.array(rows, dtype=np.uint64) * np.uint64(512))
+    image = driver.open(name, False)
+    with pytest.MonkeyPatch.context() as patch:
+        if not vectored:  # a libc without these calls
+            patch.setattr(kernel, "_preadv2", None)
+            patch.setattr(kernel, "_pwritev2", None)
+        patch.setattr(image_module, "IOV_MAX", max(1, piece % 8))
+        image.writev(first * 512, ranges)
+        data = b"".join(ranges)
+        back = bytearray(len(data))
+        image.readv(first * 512, [memoryview(back)])
+        assert back == data
+        apart = RamRanges(
+            memory, np.array([(512 * 8 * n, 512 * length) for n, (_, length) in enumerate(rows)], np.uint64)
+        )
+        memory.buffer[:] = bytes(MIB)
+        image.readv(first * 512, apart)
+        assert b"".join(apart) == data
+        assert sum(map(bool, memory.buffer)) <= len(data), "nothing beside them"
+    image.close()
+    memory.close()
+
+
+def test_a_shortened_image_is_noticed_with_guest_ram(driver: FileDriver, path: str) -> None:
+    memory = GuestMemory(MIB)
+    ranges = RamRanges(memory, np.array([(0, 4096), (8192, 4096)], dtype=np.uint64))
+    image = driver.open(path, False)
+    os.truncate(path, 4096)
+    with pytest.raises(StorageError, match="ends at byte 4096"):
+        image.readv(0, ranges)
+    assert not image.readv_at_once(0, ranges)
+    image.close()
+    with pytest.raises(StorageError, match="closed"):
+        image.writev(0, ranges)
+    memory.close()
 
 
 def test_zeroes_without_help_of_the_file_system(driver: FileDriver, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

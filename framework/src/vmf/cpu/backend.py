@@ -19,6 +19,7 @@ from attrs import frozen
 
 from vmf.cpu.state import RFLAGS_IF, VcpuState
 from vmf.errors import BackendUnavailable
+from vmf.memory.scattered import Ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,6 +163,11 @@ class Vcpu(ABC):
         Like `invalidate_code`, but on the hot path: called for every transfer, and hardly ever is there code.
         """
         self.invalidate_code(gpa, size)
+
+    def ranges_written(self, ranges: Ranges) -> None:
+        """`memory_written` of many pieces at once: rows (gpa, size)."""
+        for gpa, size in ranges.tolist():
+            self.memory_written(gpa, size)
 
     @abstractmethod
     def close(self) -> None:

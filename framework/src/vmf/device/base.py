@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from vmf.device.interrupts import InterruptController, IrqLine
+from vmf.memory.scattered import Ranges
 
 if TYPE_CHECKING:
     from vmf.machine.bus import Bus
@@ -51,12 +52,15 @@ class DeviceEnvironment:
         memory_written: `memory_written(gpa, size)` after every transfer into RAM that did not come from the guest's
             own instructions, on the vCPU thread and before the guest is told of it: engines that translate code drop
             what they made from there. (Dirty tracking sees such writes by itself.)
+        ranges_written: `ranges_written(ranges)` says that of many at once, an array of rows (gpa, size).
         clock: guest time in nanoseconds.
         timers: call me at guest time T.
         irq_line: `irq_line(n)` gives ISA interrupt line n; provided by the interrupt-controller device, which is
             made first.
         provide_interrupts: called by the interrupt-controller device to publish itself and its line factory.
         post: run a callable on the vCPU thread soon; callable from any thread.
+        guest_waits: whether the vCPU thread sleeps because the guest has nothing to do (HLT): what is posted now is
+            welcome at once. Otherwise it costs the guest an interruption. From any thread; False where nobody knows.
         request_power_off, request_reset: ask the machine; callable on the vCPU thread.
         serial_output: bytes the guest writes to its first serial port go here (any size, never blocks).
         options: the machine's settings for this device.
@@ -74,6 +78,8 @@ class DeviceEnvironment:
     request_reset: Callable[[], None]
     serial_output: Callable[[bytes], None]
     memory_written: Callable[[int, int], None] = lambda _gpa, _size: None
+    ranges_written: Callable[[Ranges], None] = lambda _ranges: None
+    guest_waits: Callable[[], bool] = lambda: False
     options: Mapping[str, Any] = field(factory=dict)
     drives: Sequence[Drive] = ()
 

@@ -28,6 +28,7 @@ from vmf.machine.console import SerialConsole
 from vmf.machine.timers import TimerQueue
 from vmf.machine.vcpu_thread import VcpuThread
 from vmf.memory.guest import MIB, PAGE_SIZE, GuestMemory
+from vmf.memory.scattered import Ranges
 from vmf.storage.drive import Drive
 
 VCPU_KIND = "vmf.vcpu"
@@ -86,10 +87,12 @@ class Hardware:
             irq_line=self._irq_line,
             provide_interrupts=self._provide_interrupts,
             post=self.thread.post,
+            guest_waits=lambda: self.thread.asleep,
             request_power_off=request_power_off,
             request_reset=request_reset,
             serial_output=console.output,
             memory_written=self._memory_written,
+            ranges_written=self._ranges_written,
             options=options or {},
             drives=tuple(drives),
         )
@@ -115,6 +118,10 @@ class Hardware:
     def _memory_written(self, gpa: int, size: int) -> None:
         if self._vcpu is not None:
             self._vcpu.memory_written(gpa, size)
+
+    def _ranges_written(self, ranges: Ranges) -> None:
+        if self._vcpu is not None:
+            self._vcpu.ranges_written(ranges)
 
     def _irq_line(self, number: int) -> IrqLine:
         if self._lines is None:

@@ -34,6 +34,7 @@ from vmf.cpu.trace import RecordKind, TraceRecords, continuations
 from vmf.errors import BackendUnavailable, MachineError, StateError, VmfError
 from vmf.machine import switch
 from vmf.machine.trace_format import TraceFormat, TraceHeader
+from vmf.memory.scattered import Ranges
 
 if TYPE_CHECKING:
     from vmf.cpuid.table import CpuidTable
@@ -159,6 +160,9 @@ class _GuardedVcpu(Vcpu):
 
     def memory_written(self, gpa: int, size: int) -> None:
         self.real.memory_written(gpa, size)
+
+    def ranges_written(self, ranges: Ranges) -> None:
+        self.real.ranges_written(ranges)
 
     def close(self) -> None:
         self.real.close()

@@ -84,6 +84,8 @@ class VcpuThread:
         self._throttle = 0.0
         self.run_seconds = 0.0
         """Time spent inside the vCPU."""
+        self.asleep = False
+        """The guest has nothing to do until something is posted or a timer is due; to be read by any thread."""
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
         self._thread = threading.Thread(target=self._loop, name=f"vcpu-{name}", daemon=True)
         self._thread.start()
@@ -183,7 +185,9 @@ class VcpuThread:
         elif exit_.reason is ExitReason.HALTED:
             # The guest may have programmed a timer just before: the deadline from before the run is not good enough.
             next_timer = self._timers.next_deadline()
+            self.asleep = True
             self._sleep_until(None if next_timer is None else self._clock.host_deadline(next_timer))
+            self.asleep = False
         elif exit_.reason is not ExitReason.KICKED:
             self._running = False
             self._on_exit(exit_)

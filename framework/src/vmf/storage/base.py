@@ -3,9 +3,10 @@
 A driver opens disk images of one URI scheme. Devices never see an image: they work with a `vmf.storage.drive.Drive`,
 which holds the image only while this machine may use it (see `vmf.storage.lease`) and has the same methods for I/O.
 
-I/O goes between the image and views of guest RAM, with no copy in Python. All I/O methods may be called from several
-threads at once, do not hold the GIL while they wait, and raise StorageError, which a device reports to its guest as an
-error of that request; the image stays usable.
+I/O goes between the image and guest RAM, with no copy in Python. Buffers are a list of views, or a
+`vmf.memory.scattered.RamRanges`: a sequence of views, too, which whoever calls the kernel can have as iovecs. All I/O
+methods may be called from several threads at once, do not hold the GIL while they wait, and raise StorageError, which a
+device reports to its guest as an error of that request; the image stays usable.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class StorageImage(ABC):
     """`discard` gives space back; otherwise it does nothing."""
     writes_wait: bool = True
     """`writev` waits for the storage. False where it as a rule returns as soon as the host's page cache has the data:
-    then a device may do small writes that come together one after the other instead of side by side."""
+    then a device may do what the page cache takes, or `readv_at_once` finds there, in turn on one thread."""
 
     @abstractmethod
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -42,7 +43,8 @@ class StorageImage(ABC):
     def readv_at_once(self, offset: int, buffers: Sequence[memoryview]) -> bool:
         """`readv` where that needs no waiting: False when it does, with parts of the buffers perhaps filled.
 
-        Called on the vCPU thread; it saves two changes of threads for what lies in the host's page cache.
+        It saves two changes of threads for what lies in the host's page cache. Called on the vCPU thread, and for large
+        reads on an I/O thread.
         """
         return False
 

@@ -40,6 +40,7 @@ from vmf.cpu.state import (
 from vmf.cpuid.compare import Difference
 from vmf.cpuid.table import CpuidTable
 from vmf.errors import BackendUnavailable, MachineError, StateError
+from vmf.memory.scattered import Ranges
 from vmf_cpu_kvm import abi, convert, cpuid, errors, msrs
 from vmf_cpu_kvm.dirtylog import KvmDirtyLog
 from vmf_cpu_kvm.host import HostKvm, get_cpuid, pack_cpuid
@@ -497,6 +498,9 @@ class KvmVcpu(Vcpu):
 
     def invalidate_code(self, gpa: int, size: int) -> None:
         """Nothing is translated: the CPU snoops."""
+
+    def ranges_written(self, ranges: Ranges) -> None:
+        """As `invalidate_code`."""
 
     def close(self) -> None:
         kicker, self._kicker = self._kicker, None

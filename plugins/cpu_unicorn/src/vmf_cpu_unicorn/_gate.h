@@ -96,6 +96,7 @@ struct Gate {
     bool pacer_runs, quit, in_slice;
     int64_t deadline, asleep_until; /* CLOCK_MONOTONIC, ns */
     atomic_bool kicked;
+    atomic_bool entered; /* the engine has called us in this slice: it certainly runs */
 };
 
 #define ENV32(g, field) (*(uint32_t *)((g)->env + (g)->c.field))
@@ -149,6 +150,7 @@ static inline uint32_t engine_flags(Gate *g)
 
 static inline void python_enter(Gate *g)
 {
+    atomic_store_explicit(&g->entered, true, memory_order_relaxed);
     PyEval_RestoreThread(g->thread);
 }
 

@@ -1,12 +1,14 @@
 /* The pacer: one native thread a gate that ends slices, on a deadline or a kick, and never needs the GIL.
  *
  * uc_emu_stop() from another thread is forgotten when it comes before uc_emu_start() has begun: so it is repeated until
- * the slice has ended.
+ * the slice has ended. A kick that finds the engine at work need not wake the pacer for that: waking a thread costs more
+ * than the rest of the kick. Should the engine miss it all the same, the pacer sees it when it next wakes, soon.
  * `lock` is only ever held for a few instructions, and never while taking the GIL.
  */
 #include "_gate.h"
 
 #define RETRY_NS 200000
+#define SOON_NS 5000000
 
 static void sleep_until(Gate *g, int64_t when)
 {
@@ -70,6 +72,7 @@ void pacer_stop(Gate *g)
 void pacer_begin_slice(Gate *g, int64_t deadline)
 {
     pthread_mutex_lock(&g->lock);
+    atomic_store_explicit(&g->entered, false, memory_order_relaxed);
     g->in_slice = true;
     g->deadline = deadline;
     if (deadline < g->asleep_until || atomic_load(&g->kicked))
@@ -92,7 +95,9 @@ void pacer_kick(Gate *g)
     pthread_mutex_lock(&g->lock);
     if (g->in_slice) {
         engine_stop(g);
-        pthread_cond_signal(&g->wake);
+        bool soon = g->asleep_until != INT64_MAX && g->asleep_until < now_ns() + SOON_NS;
+        if (!soon || !atomic_load_explicit(&g->entered, memory_order_relaxed))
+            pthread_cond_signal(&g->wake);
     }
     pthread_mutex_unlock(&g->lock);
 }

@@ -368,7 +368,18 @@ static PyObject *stores_detach(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-/* Device writes: drop what was translated from [offset, offset+size) of RAM. Nearly always one look at a few bytes. */
+/* Drop what was translated from [offset, offset+size) of RAM. Nearly always one look at a few bytes. */
+static void drop_pages(Vcpu *v, uint64_t offset, uint64_t size)
+{
+    if (!size || offset >= v->pages << PAGE_BITS)
+        return;
+    uint64_t last = size > (v->pages << PAGE_BITS) - offset ? v->pages - 1 : (offset + size - 1) >> PAGE_BITS;
+    for (uint64_t n = offset >> PAGE_BITS; n <= last; n++)
+        if (v->code[n])
+            drop_page(v, n);
+}
+
+/* A device wrote one piece. */
 static PyObject *stores_written(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)self;
@@ -380,13 +391,29 @@ static PyObject *stores_written(PyObject *self, PyObject *const *arguments, Py_s
     if (PyErr_Occurred())
         return NULL;
     Vcpu *v = find((uint8_t *)(uintptr_t)env);
-    if (v && env && size && offset < v->pages << PAGE_BITS) {
-        uint64_t last = size > (v->pages << PAGE_BITS) - offset ? v->pages - 1 : (offset + size - 1) >> PAGE_BITS;
-        for (uint64_t n = offset >> PAGE_BITS; n <= last; n++)
-            if (v->code[n])
-                drop_page(v, n);
-    }
+    if (v && env)
+        drop_pages(v, offset, size);
     Py_RETURN_NONE;
+}
+
+/* The same for many pieces: rows of (offset, size), 64 bits each. False, with nothing done, when one ends above `limit`. */
+static PyObject *stores_written_all(PyObject *self, PyObject *arguments)
+{
+    (void)self;
+    unsigned long long env, limit;
+    Py_buffer rows;
+    if (!PyArg_ParseTuple(arguments, "Ky*K", &env, &rows, &limit))
+        return NULL;
+    Vcpu *v = find((uint8_t *)(uintptr_t)env);
+    const uint64_t(*row)[2] = rows.buf;
+    Py_ssize_t count = rows.len / 16;
+    bool below = true;
+    for (Py_ssize_t n = 0; n < count; n++)
+        below &= row[n][0] <= limit && row[n][1] <= limit - row[n][0];
+    for (Py_ssize_t n = 0; below && v && env && n < count; n++)
+        drop_pages(v, row[n][0], row[n][1]);
+    PyBuffer_Release(&rows);
+    return PyBool_FromLong(below);
 }
 
 static PyObject *stores_code_pages(PyObject *self, PyObject *argument)
@@ -408,6 +435,9 @@ static PyMethodDef methods[] = {
     {"detach", stores_detach, METH_O, "detach(env): no longer."},
     {"written", (PyCFunction)(void (*)(void))stores_written, METH_FASTCALL,
      "written(env, offset, size): RAM was written by a device; drop what was translated from there."},
+    {"written_all", stores_written_all, METH_VARARGS,
+     "written_all(env, rows, limit): the same of rows of (offset, size), in a contiguous buffer of 64-bit numbers; False,\n"
+     "with nothing done, when one of them ends above `limit`."},
     {"code_pages", stores_code_pages, METH_O, "code_pages(env): pages with translated code."},
     {NULL, NULL, 0, NULL},
 };

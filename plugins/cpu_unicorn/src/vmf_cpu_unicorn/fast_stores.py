@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable
 
 from vmf.memory.guest import GuestMemory
+from vmf.memory.scattered import Ranges
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import Engine, Library
 
 STORES_VARIABLE = "VMF_UNICORN_STORES"
+Written = Callable[[int, int, int], None]
+WrittenAll = Callable[[int, Ranges, int], bool]
 
 
 def install(library: Library) -> bool:
@@ -44,11 +47,12 @@ def attach(engine: Engine, cpu: int, memory: GuestMemory) -> bool:
     return _stores.attach(engine.handle, cpu + at.CPU_ENV, modes, memory.address, memory.size)
 
 
-def written_function() -> Callable[[int, int, int], None]:
-    """`written(env, offset, size)` for engines that `attach` accepted: a device wrote RAM."""
+def written_functions() -> tuple[Written, WrittenAll]:
+    """`written(env, offset, size)` and `written_all(env, rows, limit)` for engines that `attach` accepted: a device
+    wrote RAM."""
     from vmf_cpu_unicorn import _stores
 
-    return _stores.written
+    return _stores.written, _stores.written_all
 
 
 def detach(cpu: int) -> None:

@@ -6,6 +6,8 @@ import ctypes
 import threading
 from typing import Any
 
+import numpy as np
+
 from vmf.cpu.backend import ExitReason, Vcpu, VcpuEnvironment, VmExit
 from vmf.cpu.state import (
     AR_PRESENT,
@@ -24,6 +26,7 @@ from vmf.cpuid.layout import AMD_VENDORS
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
 from vmf.errors import StateError
 from vmf.memory.guest import LOW_RAM_LIMIT
+from vmf.memory.scattered import Ranges
 from vmf_cpu_unicorn import convert, fast_stores, gates
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import (
@@ -114,7 +117,10 @@ class UnicornVcpu(Vcpu):
             engine.close()
             raise
         self.fast_stores = fast_stores.attach(engine, self._cpu, memory)
-        self._written = fast_stores.written_function() if self.fast_stores else None
+        self._written: fast_stores.Written | None = None
+        self._written_all: fast_stores.WrittenAll | None = None
+        if self.fast_stores:
+            self._written, self._written_all = fast_stores.written_functions()
         try:
             self._install_hooks()
             self.restore(reset_state(environment.tsc_khz, environment.cpuid.lookup(1, 0).eax))
@@ -293,6 +299,12 @@ class UnicornVcpu(Vcpu):
             self._written(self._env, gpa if low else self._environment.memory.offset_of(gpa, size), size)
         else:
             self.invalidate_code(gpa, size)
+
+    def ranges_written(self, ranges: Ranges) -> None:
+        # Up to there offsets and addresses are the same.
+        every = self._written_all
+        if every is None or not every(self._env, np.ascontiguousarray(ranges), LOW_RAM_LIMIT):
+            super().ranges_written(ranges)
 
     def close(self) -> None:
         with self._lock:

@@ -17,12 +17,14 @@ Theory of operation
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any
 
 from vmf.device import fields
 from vmf.device.base import DeviceEnvironment
 from vmf.errors import StateError, VmfError
+from vmf.memory.scattered import total_bytes
 from vmf.storage import SECTOR_SIZE, Drive
 from vmf_device_virtio.iothreads import DRAIN_SECONDS, IoThreads
 from vmf_device_virtio.pci import HostBridge
@@ -58,6 +60,8 @@ AT_ONCE_MAX = 128 << 10
 """Bytes. What is read from the host's page cache on the vCPU thread: more goes quicker beside it."""
 
 
+COLD_READS = 16
+"""After a large read that was not in the page cache, so many go to the storage without a look."""
 SMALL_MAX = 16 << 10
 """Bytes; see `_Request.small`."""
 
@@ -65,9 +69,12 @@ SMALL_MAX = 16 << 10
 class _Request:
     """One request under way; a job of the I/O threads."""
 
-    __slots__ = ("chain", "drive", "error", "kind", "length", "offset", "result", "segments", "small", "sync", "views")
+    __slots__ = (
+        "cached_only", "chain", "drive", "error", "kind", "length", "missed", "offset", "result", "segments", "small",
+        "sync", "views",
+    )  # fmt: skip
 
-    def __init__(self, chain: Chain, drive: Drive, kind: int, offset: int, views: list[memoryview]) -> None:
+    def __init__(self, chain: Chain, drive: Drive, kind: int, offset: int, views: Sequence[memoryview]) -> None:
         self.chain = chain
         self.drive = drive
         self.kind = kind
@@ -77,13 +84,15 @@ class _Request:
         self.sync = False
         self.small = False
         """A write that costs less than the waking of a thread, so several of them are done and told together."""
+        self.cached_only = self.missed = False
+        """Read from the page cache only; it was not all there."""
         self.length = 0
         """Bytes written into guest RAM, without the status."""
         self.result = S_OK
         self.error: Exception | None = None
 
     def run_at_once(self) -> bool:
-        """Do a read that needs no waiting, on the vCPU thread."""
+        """Do a read that needs no waiting."""
         try:
             return self.drive.readv_at_once(self.offset, self.views)
         except Exception:  # noqa: BLE001 - a thread will find the same, and report it
@@ -91,6 +100,9 @@ class _Request:
 
     def run(self) -> None:
         drive, kind = self.drive, self.kind
+        if self.cached_only:
+            self.missed = not self.run_at_once()
+            return
         try:
             if kind == T_IN:
                 drive.readv(self.offset, self.views)
@@ -130,9 +142,13 @@ class VirtioBlock(VirtioDevice):
         self._errors = 0
         name = f"disk at port {drive.port}"
         self._threads: IoThreads[_Request] = IoThreads(name, THREADS, environment.post, self._finished)
-        self._writer: IoThreads[_Request] = IoThreads(f"{name}, writes", 1, environment.post, self._finished)
-        """For writes into the host's page cache: its kernel takes those of one file one after the other anyway, and
-        several threads would fight for its lock, and for the processor with the guest."""
+        self._quick: IoThreads[_Request] = IoThreads(
+            f"{name}, cached", 1, environment.post, self._finished, environment.guest_waits
+        )
+        """For the host's page cache: its kernel takes writes of one file one after the other anyway, and several
+        threads would fight for its lock, and for the processor with the guest."""
+        self._cold = 0
+        """Large reads that are not looked for in the page cache, as the last one was not there."""
 
     # -- what the driver sees
 
@@ -164,16 +180,28 @@ class VirtioBlock(VirtioDevice):
                     request.kind == T_IN and request.length <= AT_ONCE_MAX and request.run_at_once()
                 ):
                     self._report(request)
-                elif request.kind != T_OUT or request.sync or not cached:
+                elif not cached or not self._is_quick(request):
                     self._threads.submit(request)
                 elif request.small:
                     small.append(request)
                 else:
-                    self._writer.submit(request)
+                    self._quick.submit(request)
         finally:
             if small:
-                self._writer.submit(*small)
+                self._quick.submit(*small)
             self.completed(queue)
+
+    def _is_quick(self, request: _Request) -> bool:
+        """Of an image in the page cache: a write, or a large read that may find everything there."""
+        if request.kind != T_IN:
+            return request.kind == T_OUT and not request.sync
+        if request.length <= AT_ONCE_MAX:  # it was looked for already
+            return False
+        if self._cold:
+            self._cold -= 1
+            return False
+        request.cached_only = True
+        return True
 
     def _request(self, chain: Chain) -> _Request:
         """Take a request apart. Raises QueueError when it is none at all."""
@@ -195,12 +223,12 @@ class VirtioBlock(VirtioDevice):
         offset = sector * SECTOR_SIZE
         if kind == T_IN:
             request = _Request(chain, self._drive, kind, offset, writable)
-            request.length = sum(map(len, writable))
+            request.length = total_bytes(chain.writable) - 1
             if not self._within(offset, request.length):
                 return _done(chain, self._drive, S_IOERR)
         elif kind == T_OUT:
             request = _Request(chain, self._drive, kind, offset, readable)
-            length = sum(map(len, readable))
+            length = total_bytes(chain.readable) - _HEADER.size
             if not self._within(offset, length):
                 return _done(chain, self._drive, S_IOERR)
             request.sync = not self.features & F_FLUSH
@@ -221,7 +249,7 @@ class VirtioBlock(VirtioDevice):
     def _within(self, offset: int, length: int) -> bool:
         return length % SECTOR_SIZE == 0 and offset + length <= self._sectors * SECTOR_SIZE
 
-    def _ranges(self, request: _Request, readable: list[memoryview]) -> bytes:
+    def _ranges(self, request: _Request, readable: Sequence[memoryview]) -> bytes:
         """The segments of a discard or write-zeroes request; the refusal, or b"" when all is well."""
         data = b"".join(readable)
         if len(data) % _SEGMENT.size or not data:
@@ -236,7 +264,7 @@ class VirtioBlock(VirtioDevice):
             request.segments.append((sector * SECTOR_SIZE, count * SECTOR_SIZE, bool(flags)))
         return b""
 
-    def _identify(self, chain: Chain, writable: list[memoryview]) -> _Request:
+    def _identify(self, chain: Chain, writable: Sequence[memoryview]) -> _Request:
         serial = self._drive.serial.encode("ascii", "replace")[:_ID_SIZE].ljust(_ID_SIZE, b"\0")
         if sum(map(len, writable)) < _ID_SIZE:
             return _done(chain, self._drive, S_IOERR)
@@ -251,8 +279,7 @@ class VirtioBlock(VirtioDevice):
         chain, length = request.chain, request.length
         chain.writable[-1][-1:] = request.result
         if length:
-            for gpa, size in chain.ranges:
-                self._memory_written(gpa, size)
+            self.wrote(chain)
         self.queues[0].push(chain.head, length + 1)
 
     def _finished(self, requests: list[_Request]) -> None:
@@ -260,6 +287,11 @@ class VirtioBlock(VirtioDevice):
         if not queue.active:
             return  # the driver broke its rings meanwhile: there is nobody to tell
         for request in requests:
+            if request.missed:
+                request.cached_only = request.missed = False
+                self._cold = COLD_READS
+                self._threads.submit(request)
+                continue
             if request.error is not None:
                 self._log(request.error)
             self._report(request)
@@ -278,8 +310,8 @@ class VirtioBlock(VirtioDevice):
         self.stop_work()
 
     def stop_work(self) -> None:
+        self._quick.drain()  # which may hand something on to the others
         self._threads.drain()
-        self._writer.drain()
 
     def save_own(self) -> dict[str, Any]:
         return {"sectors": self._sectors, "read_only": self._drive.read_only}
@@ -305,7 +337,7 @@ class VirtioBlock(VirtioDevice):
         self._sectors = values["sectors"]
 
     def close(self) -> None:
-        for threads in (self._threads, self._writer):
+        for threads in (self._quick, self._threads):
             try:
                 threads.drain(DRAIN_SECONDS)
             except StateError as error:
@@ -322,7 +354,7 @@ def _done(chain: Chain, drive: Drive, result: bytes, length: int = 0) -> _Reques
     return request
 
 
-def _split(views: list[memoryview], size: int) -> tuple[memoryview, list[memoryview]]:
+def _split(views: Sequence[memoryview], size: int) -> tuple[memoryview, list[memoryview]]:
     """The first `size` bytes (copied; fewer when there are no more), and the rest."""
     head = bytearray()
     rest = list(views)

@@ -26,7 +26,6 @@ class VirtioEntropy(VirtioDevice):
                 count = min(len(view), MAX_BYTES - written)
                 view[:count] = os.urandom(count)
                 written += count
-            for gpa, size in chain.ranges:
-                self._memory_written(gpa, size)
+            self.wrote(chain)
             queue.push(chain.head, written)
         self.completed(queue)

@@ -64,8 +64,7 @@ class VirtioConsole(VirtioDevice):
                 view[: len(part)] = part
                 del self._input[: len(part)]
                 written += len(part)
-            for gpa, size in chain.ranges:
-                self._memory_written(gpa, size)
+            self.wrote(chain)
             queue.push(chain.head, written)
         self.completed(queue)
 

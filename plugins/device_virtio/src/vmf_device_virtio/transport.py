@@ -17,7 +17,7 @@ from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import IrqLine
 from vmf.errors import StateError
 from vmf_device_virtio import pci
-from vmf_device_virtio.queue import QueueError, Virtqueue
+from vmf_device_virtio.queue import Chain, QueueError, Virtqueue
 
 VENDOR = 0x1AF4
 DEVICE_BASE = 0x1040
@@ -101,7 +101,6 @@ class VirtioDevice(Device):
     def __init__(self, environment: DeviceEnvironment, bridge: pci.HostBridge, slot: int, features: int) -> None:
         self._environment = environment
         self._memory = environment.memory
-        self._memory_written = environment.memory_written
         self.offered = features | COMMON_FEATURES
         self.queues = [Virtqueue(environment.memory, size) for size in self.QUEUES]
         self._status = self._isr = self._config_generation = 0
@@ -173,6 +172,14 @@ class VirtioDevice(Device):
         """The driver works, and did not break anything."""
         return self._status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
 
+    def wrote(self, chain: Chain) -> None:
+        """The device has written into the chain's writable buffers; before the push."""
+        if isinstance(chain.ranges, list):
+            for gpa, size in chain.ranges:
+                self._environment.memory_written(gpa, size)
+        else:
+            self._environment.ranges_written(chain.ranges)
+
     def completed(self, queue: Virtqueue) -> None:
         """After pushes: interrupt the driver if it wants that."""
         if queue.wants_interrupt():
@@ -203,7 +210,8 @@ class VirtioDevice(Device):
         level = bool(self._isr)
         config = self._function.config
         config[pci.STATUS] = pci.STATUS_CAPABILITIES | (pci.STATUS_INTERRUPT if level else 0)
-        self._line.set_level(level and not self._function.command & pci.COMMAND_INTX_DISABLE)
+        disabled = config[pci.COMMAND + 1] << 8 & pci.COMMAND_INTX_DISABLE
+        self._line.set_level(level and not disabled)
 
     def _read_isr(self, offset: int, _size: int) -> int:
         isr = self._isr

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Sequence
 
 from vmf.errors import StorageError
+from vmf.memory.scattered import total_bytes
 from vmf.storage.base import StorageImage
 from vmf_storage_file import kernel
 
@@ -47,22 +48,22 @@ class FileImage(StorageImage):
         self._no_nowait = not hasattr(os, "RWF_NOWAIT")
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        self._transfer(os.preadv, "read", offset, buffers)
+        self._transfer(kernel.read, "read", offset, buffers)
 
     def readv_at_once(self, offset: int, buffers: Sequence[memoryview]) -> bool:
         if self._no_nowait:
             return False
-        total = sum(map(len, buffers))
+        total = total_bytes(buffers)
         self._check_range(offset, total)
         try:
-            return os.preadv(self._descriptor, buffers[:IOV_MAX], offset, os.RWF_NOWAIT) == total
+            return kernel.read(self._descriptor, buffers[:IOV_MAX], offset, os.RWF_NOWAIT) == total
         except OSError as error:
             if error.errno != errno.EAGAIN:  # this file system cannot tell; a real failure is found by `readv`, too
                 self._no_nowait = True
             return False
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        self._transfer(os.pwritev, "written", offset, buffers)
+        self._transfer(kernel.write, "written", offset, buffers)
 
     def _transfer(
         self,
@@ -71,7 +72,7 @@ class FileImage(StorageImage):
         offset: int,
         buffers: Sequence[memoryview],
     ) -> None:
-        total = sum(map(len, buffers))
+        total = total_bytes(buffers)
         self._check_range(offset, total)
         done = 0
         left = buffers

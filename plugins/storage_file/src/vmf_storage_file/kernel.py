@@ -1,4 +1,5 @@
-"""The kernel's calls that Python has no names for: record locks of open files, fallocate, kinds of file systems.
+"""The kernel's calls that Python has no names for, or only slow ones: record locks of open files, fallocate, kinds of
+file systems, transfers of many pieces of guest RAM.
 
 Locks are *open file description* locks (fcntl(2), F_OFD_SETLK): they belong to the open file, not to the process, so
 that two machines in one process exclude each other, and closing some other descriptor of the file frees nothing. The
@@ -14,6 +15,9 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable, Sequence
+
+from vmf.memory.scattered import RamRanges
 
 F_OFD_GETLK, F_OFD_SETLK = 36, 37  # <asm-generic/fcntl.h>; `fcntl` has no names for them before Python 3.9 everywhere
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
@@ -34,6 +38,11 @@ NETWORKED = frozenset({"nfs", "cifs", "smb2", "smb", "ceph", "9p", "fuse", "ocfs
 _libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_preadv2, _pwritev2 = getattr(_libc, "preadv2", None), getattr(_libc, "pwritev2", None)  # glibc 2.26, musl 1.2.5
+for _function in (_preadv2, _pwritev2):
+    if _function is not None:
+        _function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_int)
+        _function.restype = ctypes.c_ssize_t
 
 
 def lock(descriptor: int, offset: int, *, exclusive: bool) -> bool:
@@ -64,6 +73,29 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def read(descriptor: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+    """preadv2(2) into at most IOV_MAX buffers; of guest RAM's, none becomes a Python object. Raises OSError."""
+    if isinstance(buffers, RamRanges) and _preadv2 is not None:
+        return _transfer(_preadv2, descriptor, buffers, offset, flags)
+    return os.preadv(descriptor, buffers, offset, flags)
+
+
+def write(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """pwritev2(2), as `read`."""
+    if isinstance(buffers, RamRanges) and _pwritev2 is not None:
+        return _transfer(_pwritev2, descriptor, buffers, offset, 0)
+    return os.pwritev(descriptor, buffers, offset)
+
+
+def _transfer(call: Callable[..., int], descriptor: int, buffers: RamRanges, offset: int, flags: int) -> int:
+    vectors = buffers.iovecs()
+    while (count := call(descriptor, vectors.ctypes.data, len(vectors), offset, flags)) < 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return count
 
 
 def file_system(descriptor: int) -> str:

@@ -1,0 +1,3 @@
+from vmf.memory.scattered import Ranges
+
+def take(table: memoryview, low: int, rows: Ranges, /) -> tuple[int, int, int] | None: ...
