@@ -171,7 +171,8 @@ class VirtioBlock(VirtioDevice):
     # -- requests
 
     def notified(self, number: int) -> None:
-        queue, small = self.queues[0], list[_Request]()
+        queue = self.queues[0]
+        small: list[_Request] = []
         cached = not self._drive.writes_wait
         try:
             while (chain := queue.pop()) is not None:

@@ -53,9 +53,9 @@ class Chain:
 
     def __init__(self, head: int) -> None:
         self.head = head
-        self.readable: Sequence[memoryview] = []
-        self.writable: Sequence[memoryview] = []
-        self.ranges: list[tuple[int, int]] | Ranges = []
+        self.readable: Sequence[memoryview] = ()
+        self.writable: Sequence[memoryview] = ()
+        self.ranges: list[tuple[int, int]] | Ranges
 
 
 class Virtqueue:
@@ -139,7 +139,9 @@ class Virtqueue:
     def _chain(self, head: int) -> Chain:
         chain = Chain(head)
         table, count, number = self._desc, self.size, head
-        readable, writable, ranges = list[memoryview](), list[memoryview](), list[tuple[int, int]]()
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        ranges: list[tuple[int, int]] = []
         chain.readable, chain.writable, chain.ranges = readable, writable, ranges
         buffer, low, unpack = self._memory.buffer, self._low, DESCRIPTOR.unpack_from
         end = -1  # of the last writable range
