@@ -3,7 +3,7 @@
 Theory of operation. A TLS record holds at most 16 KiB, and OpenSSL copies it twice on each side; for gigabytes that is
 most of what TLS costs. As QUIC and DTLS-SRTP do, the handshake, the certificates and everything that is *said* are left
 to TLS, and bulk data is protected with keys from within it: both ends send 32 random bytes inside the TLS connection,
-and one secret for each direction is derived from them (HKDF). RAM is then encrypted by AES-128-GCM, 512 KiB at a
+and one secret for each direction is derived from them (HKDF). RAM is then encrypted by AES-128-GCM, 1 MiB at a
 time, straight out of guest memory and straight into it. What is on the wire is a sequence of TLS records and frames:
 
     kind    1 byte   0x56, which is no TLS content type
@@ -37,9 +37,9 @@ KIND = 0x56
 HEADER = struct.Struct("!BI")
 """As long as the header of a TLS record."""
 TAG_SIZE = 16
-MOST = 512 << 10
+MOST = 1 << 20
 """Bytes of RAM in a frame: so many that calls and wake-ups do not count, so few that a second cache holds them."""
-FRAMES_PER_KEY = 1 << 17
+FRAMES_PER_KEY = 1 << 16
 SOURCE_TO_TARGET, TARGET_TO_SOURCE = "source to target", "target to source"
 _NONCE = struct.Struct("!4xQ")
 _POSITION = struct.Struct("!Q")
