@@ -108,6 +108,9 @@ def test_a_halted_machine_sleeps(bench: Bench) -> None:
     bench.go(vcpu)
     time.sleep(0.2)
     assert vcpu.slices < 5
+    assert bench.thread.asleep
+    bench.thread.call(lambda: bench.thread.attach(FakeVcpu(lambda: None)))
+    assert not bench.thread.call(lambda: bench.thread.asleep)
 
 
 @pytest.mark.parametrize("halting", [False, True])

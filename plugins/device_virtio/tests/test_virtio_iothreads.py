@@ -69,8 +69,12 @@ def test_half_of_them_are_told_together_to_a_busy_guest(side: Side) -> None:
     jobs[3].go.set()
 
 
-def test_a_guest_that_waits_is_told_at_once(side: Side) -> None:
-    side.waits = True
+@pytest.mark.parametrize("why", ["the guest waits", "the job was slow"])
+def test_it_is_told_at_once(side: Side, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """To a guest that has nothing to do; and when the next job, slow as well, would be waited for."""
+    side.waits = why == "the guest waits"
+    if why == "the job was slow":
+        monkeypatch.setattr(iothreads, "QUICK_NS", 0)
     jobs = side.submit(4)
     finish(jobs[0], jobs[1])
     side.post()
@@ -84,16 +88,6 @@ def test_the_last_one_is_told_at_once(side: Side) -> None:
     job.go.set()
     side.post()
     assert side.told == [[job]]
-
-
-def test_after_a_slow_one_nobody_is_made_to_wait(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iothreads, "QUICK_NS", 0)
-    jobs = side.submit(4)
-    finish(jobs[0], jobs[1])
-    side.post()
-    assert side.told == [jobs[:1]]
-    for job in jobs:
-        job.go.set()
 
 
 def test_of_many_at_most_some_are_held_back(side: Side) -> None:
