@@ -107,7 +107,6 @@ class Pc:
             bus=self.bus, memory=memory, clock=clock, timers=TimerQueue(clock), irq_line=line,
             provide_interrupts=lambda *_: None, post=post, request_power_off=lambda: None, request_reset=lambda: None,
             serial_output=self.output.append, memory_written=lambda gpa, size: self.written.append((gpa, size)),
-            ranges_written=lambda ranges: self.written.extend(map(tuple, ranges.tolist())),
             options=options, drives=drives,
         )  # fmt: skip
         self.devices: Sequence[Device] = plugin.vmf_create_device(environment)

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 
 from vmf.device.interrupts import InterruptController, IrqLine
 from vmf.memory.scattered import Ranges
@@ -40,6 +40,14 @@ class Payload:
     version: int
     body: Mapping[str, Any] = field(factory=dict)
     instance: int = 0
+
+
+def _one_by_one(environment: DeviceEnvironment) -> Callable[[Ranges], None]:
+    def ranges_written(ranges: Ranges) -> None:
+        for gpa, size in ranges.tolist():
+            environment.memory_written(gpa, size)
+
+    return ranges_written
 
 
 @frozen
@@ -78,7 +86,7 @@ class DeviceEnvironment:
     request_reset: Callable[[], None]
     serial_output: Callable[[bytes], None]
     memory_written: Callable[[int, int], None] = lambda _gpa, _size: None
-    ranges_written: Callable[[Ranges], None] = lambda _ranges: None
+    ranges_written: Callable[[Ranges], None] = field(default=Factory(_one_by_one, takes_self=True))
     guest_waits: Callable[[], bool] = lambda: False
     options: Mapping[str, Any] = field(factory=dict)
     drives: Sequence[Drive] = ()
