@@ -19,7 +19,6 @@ from attrs import frozen
 
 from vmf.cpu.state import RFLAGS_IF, VcpuState
 from vmf.errors import BackendUnavailable
-from vmf.memory.scattered import Ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from vmf.device.interrupts import InterruptController
     from vmf.machine.bus import Bus
     from vmf.memory.guest import GuestMemory
+    from vmf.memory.scattered import Ranges
 
 
 class ExitReason(enum.Enum):

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from attrs import Factory, field, frozen
 
 from vmf.device.interrupts import InterruptController, IrqLine
-from vmf.memory.scattered import Ranges
 
 if TYPE_CHECKING:
     from vmf.machine.bus import Bus
     from vmf.machine.clock import MachineClock
     from vmf.machine.timers import TimerQueue
     from vmf.memory.guest import GuestMemory
+    from vmf.memory.scattered import Ranges
     from vmf.storage.drive import Drive
 
 
