@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmlab import Lab, LabError, LabHung, LabResult, cache, job, missing, needs, packages
+from kvmlab import Lab, LabError, LabHung, LabResult, cache, job, missing, needs, packages, qemu
 from kvmlab.budget import BudgetedLab
 from kvmlab.lab import pytest_command
 from kvmlab.slowclock import LEAST, MOST, for_load, slow_clock
@@ -186,6 +186,16 @@ def test_a_lab_that_hangs_is_started_once_more(times: int) -> None:
     else:
         with pytest.raises(LabHung):
             lab.run(["true"], timeout=1)
+
+
+def test_a_lab_that_lost_its_timer_is_not_waited_for(tmp_path: Path) -> None:
+    console = tmp_path / "console"
+    assert not qemu.lost_timer(console)
+    said = "[   52.424482] rcu: rcu_preempt kthread timer wakeup didn't happen for 5255 jiffies! g12729 f0x2\r\n"
+    console.write_text("[   52.4] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:\r\n" + said)
+    assert not qemu.lost_timer(console), "it may only be slow"
+    console.write_text(said + "...\r\n" + said.replace("52", "115"))
+    assert qemu.lost_timer(console)
 
 
 # -- in the lab: the chosen set, most important first, then what VMF_LAB=full adds
