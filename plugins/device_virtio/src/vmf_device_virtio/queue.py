@@ -179,8 +179,11 @@ class Virtqueue:
     def _at_once(self, chain: Chain, table: memoryview) -> bool:
         """Take apart a whole table that is one chain in order and in low RAM; False, with nothing done, when it is
         anything else, right or wrong."""
+        if take is None:
+            return False
         rows = np.empty((len(table) // DESCRIPTOR.size, 2), dtype=np.uint64)
-        if take is None or (found := take(table, self._low, rows)) is None:
+        found = take(table, self._low, rows)
+        if found is None:
             return False
         readable, sent, asked = found
         chain.readable = RamRanges(self._memory, rows[:readable], sent)
