@@ -1,0 +1,175 @@
+"""Where the snapshots of one machine are, and which one its next start continues from."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from vmf.errors import ConfigError, InvalidStateError, NotFoundError, StateError
+from vmf.machine.config import NAME_PATTERN
+from vmf.machine.home import HomeError, private_directory, write_atomically
+
+FORMAT = 1
+_PARTIAL = ".partial-"
+
+
+@frozen
+class SnapshotInfo:
+    """One snapshot.
+
+    Attributes:
+        name: unique among those of the machine.
+        description: free text.
+        taken: seconds since the epoch.
+        state: of the machine then: "running", "paused" or "poweredoff".
+        memory_mib: of the machine then.
+        disks: port to size of the disk, bytes.
+    """
+
+    name: str
+    description: str
+    taken: int
+    state: str
+    memory_mib: int
+    disks: Mapping[str, int]
+
+    @property
+    def has_state(self) -> bool:
+        return self.state != "poweredoff"
+
+
+class SnapshotStore:
+    """The snapshots of one machine, in a directory; `resume` beside it says which one the next start goes on from."""
+
+    def __init__(self, machine: str, directory: Path) -> None:
+        self.machine = machine
+        self.directory = directory
+        self._resume = directory.parent / "resume.json"
+
+    def names(self) -> list[str]:
+        """Oldest first; quick."""
+        return [each.name for each in self.list()]
+
+    def list(self) -> list[SnapshotInfo]:
+        """Oldest first."""
+        try:
+            found = [entry for entry in os.listdir(self.directory) if NAME_PATTERN.fullmatch(entry)]
+        except FileNotFoundError:
+            return []
+        return sorted((self.get(name) for name in found), key=lambda each: (each.taken, each.name))
+
+    def get(self, name: str) -> SnapshotInfo:
+        """Raises NotFoundError, or StateError when it cannot be read."""
+        path = self.path(name) / "snapshot.json"
+        try:
+            plain = json.loads(path.read_text("utf-8"))
+            if plain.pop("format") != FORMAT:
+                raise StateError(f"snapshot {name} was made by a newer vmf.", "Use that one.")
+            return SnapshotInfo(**plain)
+        except FileNotFoundError:
+            known = ", ".join(entry.name for entry in self.list()) if path.parent.parent.exists() else ""
+            raise NotFoundError(
+                f"machine '{self.machine}' has no snapshot '{name}'.",
+                f"It has {known}." if known else f"Take one with `vmf snapshot {self.machine} take {name}`.",
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StateError(f"{path} cannot be read: {error}.", "Delete that snapshot.") from error
+
+    def path(self, name: str) -> Path:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ConfigError(
+                f"{name!r} is not a snapshot's name.",
+                "Use 1 to 64 of the characters A-Z a-z 0-9 . _ - beginning with a letter or digit.",
+            )
+        return self.directory / name
+
+    @contextmanager
+    def new(self, name: str) -> Iterator[Path]:
+        """A directory to fill; it becomes the snapshot `name` when the block ends well, and vanishes otherwise."""
+        final = self.path(name)
+        if final.exists():
+            raise ConfigError(
+                f"machine '{self.machine}' has a snapshot '{name}' already.",
+                f"Choose another name, or delete it: `vmf snapshot {self.machine} delete {name}`.",
+            )
+        private_directory(self.directory)
+        for stale in self.directory.glob(f"{_PARTIAL}*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        partial = self.directory / f"{_PARTIAL}{secrets.token_hex(4)}"
+        private_directory(partial)
+        try:
+            yield partial
+            os.rename(partial, final)
+            sync_directory(self.directory)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise HomeError(
+                f"the snapshot '{name}' cannot be written: {error.strerror or error}.",
+                f"Is there room in {self.directory}? Nothing was changed.",
+            ) from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def delete(self, name: str) -> None:
+        """Raises NotFoundError; InvalidStateError when the next start needs it."""
+        self.get(name)
+        if self.resuming() == name:
+            raise InvalidStateError(
+                f"the next start of machine '{self.machine}' goes on from snapshot '{name}'.",
+                f"Start it first, or give that state up with `vmf snapshot {self.machine} discard-state`.",
+            )
+        doomed = self.directory / f"{_PARTIAL}{secrets.token_hex(4)}"
+        os.rename(self.path(name), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    # -- going on from one
+
+    def resuming(self) -> str:
+        """The snapshot that the next start goes on from; "" for a plain boot."""
+        return str(self.resume_note().get("snapshot", ""))
+
+    def resume_note(self) -> dict[str, Any]:
+        try:
+            note = json.loads(self._resume.read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise StateError(
+                f"{self._resume} cannot be read: {error}.", f"Run `vmf snapshot {self.machine} discard-state`."
+            ) from error
+        return note if isinstance(note, dict) else {}
+
+    def note_resume(self, name: str, generations: Mapping[str, int]) -> None:
+        write_atomically(self._resume, json.dumps({"snapshot": name, "generations": dict(generations)}))
+
+    def forget_resume(self) -> bool:
+        """The next start boots; False when it would have anyway."""
+        try:
+            self._resume.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
