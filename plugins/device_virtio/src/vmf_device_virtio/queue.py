@@ -152,7 +152,8 @@ class Virtqueue:
                 if table is not self._desc or flags & DESC_NEXT or not length or length % 16 or length > 16 * MAX_CHAIN:
                     raise QueueError("an indirect table that is none")
                 table, count, number = self._view(address, length), length // 16, 0
-                if count >= LONG_TABLE and self._at_once(chain, table):
+                # At once only what is the whole chain: buffers before the table count for order, length and result.
+                if count >= LONG_TABLE and not (readable or writable) and self._at_once(chain, table):
                     return chain
                 continue
             if not length:
