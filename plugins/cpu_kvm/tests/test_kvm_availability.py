@@ -80,6 +80,7 @@ def test_old_api_and_missing_capability(kvm: CpuBackend, monkeypatch: pytest.Mon
 
 def test_judged_by_behaviour_and_cached(kvm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(backend.TRUST_VARIABLE)
+    monkeypatch.delenv("VMF_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = backend.KvmBackend().availability()
     problems = selftest.run_selftest(kvm._device, kvm._open())

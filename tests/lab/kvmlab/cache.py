@@ -15,16 +15,16 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
+
+from vmf import directories
 
 UNUSED_DAYS = 7.0
 
 
 def cache_root() -> Path:
     """`$VMF_CACHE/lab`, or `lab` in the user's cache directory of vmf; made when missing."""
-    configured = os.environ.get("VMF_CACHE")
-    root = (Path(configured) if configured else Path(platformdirs.user_cache_dir("vmf"))) / "lab"
+    root = directories.cache_directory() / "lab"
     root.mkdir(parents=True, exist_ok=True)
     return root
 

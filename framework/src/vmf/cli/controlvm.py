@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from vmf.cli.media import change_medium
 from vmf.cli.password import password_from
 from vmf.cli.watch import switch_backend, trace
 from vmf.control.client import ControlClient
+from vmf.directories import absolute
 
 if TYPE_CHECKING:
     from vmf.machine.home import Home
@@ -253,7 +253,7 @@ def _transport_options(tls_dir: str | None, tls_hostname: str | None) -> dict[st
     """Settings of the transport that were given. Paths are ours, not those of the machine's process."""
     options = {}
     if tls_dir is not None:
-        options["tls_dir"] = os.path.abspath(os.path.expanduser(tls_dir))
+        options["tls_dir"] = str(absolute(tls_dir))
     if tls_hostname is not None:
         options["tls_hostname"] = tls_hostname
     return options

@@ -13,6 +13,7 @@ from vmf.cli.app import json_option
 from vmf.cli.common import F, printable, say, table
 from vmf.cli.define import complete_backends
 from vmf.cli.password import password_from
+from vmf.directories import absolute
 
 if TYPE_CHECKING:
     from vmf.cpuid.baseline import Party
@@ -257,7 +258,7 @@ def _parties(others: Sequence[str], transport: str, tls_dir: str | None, passwor
     from vmf.plugins.bridge import PluginRegistry
 
     registry = PluginRegistry()
-    options = {} if tls_dir is None else {"tls_dir": str(Path(tls_dir).expanduser().absolute())}
+    options = {} if tls_dir is None else {"tls_dir": str(absolute(tls_dir))}
     with ThreadPoolExecutor(8, "vmf-ask") as pool:
         return list(pool.map(lambda other: _party(registry, other, transport, options, password), others))
 

@@ -203,9 +203,10 @@ def _cpuid(old: CpuidConfig, options: dict[str, Any]) -> CpuidConfig:
 
 def _file(option: str, value: str) -> Path:
     """The absolute path of a file that can be read."""
+    from vmf.directories import absolute
     from vmf.errors import ConfigError
 
-    path = Path(os.path.abspath(os.path.expanduser(value)))
+    path = absolute(value)
     reason = ""
     if not path.exists():
         reason = "there is no such file"

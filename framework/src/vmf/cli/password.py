@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from vmf.directories import absolute
 from vmf.errors import ConfigError
 
 STDIN = "stdin"
@@ -83,7 +84,7 @@ def _typed(new: bool) -> str:
 def _read(option: str, name: str) -> bytes:
     if name == STDIN:
         return sys.stdin.buffer.readline(MAX_FILE_BYTES + 1)
-    path = os.path.expanduser(name)
+    path = absolute(name)
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vmf.cli.common import NONE, F, installed
 from vmf.cli.password import password_from
+from vmf.directories import absolute
 from vmf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def prepare(given: dict[str, Any]) -> dict[str, Any]:
     for key in {"enabled", "insecure"} & changes.keys():
         changes[key] = changes[key] == "on"
     if "tls_dir" in changes:
-        changes["tls_dir"] = None if changes["tls_dir"] == NONE else Path(changes["tls_dir"]).expanduser()
+        changes["tls_dir"] = None if changes["tls_dir"] == NONE else absolute(changes["tls_dir"])
     if "transport" in changes:
         installed("transport", changes["transport"])
     if "password" in given or "password_file" in given:

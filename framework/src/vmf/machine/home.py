@@ -33,6 +33,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from vmf import directories
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError, VmfError
 from vmf.machine import config as configuration
 from vmf.machine.config import MachineConfig
@@ -87,20 +88,11 @@ class Home:
     @classmethod
     def default(cls) -> Home:
         """The home that `VMF_HOME` names, else the user's own."""
-        chosen = os.environ.get("VMF_HOME")
-        if chosen:
-            root = Path(os.path.abspath(os.path.expanduser(chosen)))
+        root = directories.chosen_home()
+        if root is not None:
             return cls(root, root / "run")
-        import platformdirs
-
-        data = Path(platformdirs.user_data_dir("vmf"))
-        base = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
-        try:
-            ours = os.stat(base).st_uid == os.getuid() and os.access(base, os.W_OK | os.X_OK)
-        except OSError:
-            ours = False
-        # Never a directory in /tmp: its name could be taken by somebody else first.
-        return cls(data, Path(base) / "vmf" if ours else data / "run")
+        data, base = directories.data_directory(), directories.runtime_base()
+        return cls(data, data / "run" if base is None else base / directories.NAME)
 
     # -- paths
 

@@ -6,6 +6,7 @@ import os
 import re
 from urllib.parse import parse_qsl
 
+from vmf import directories
 from vmf.errors import ConfigError
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):")
@@ -21,7 +22,7 @@ def absolute(medium: str) -> str:
     """What a person wrote, as a definition has it: paths become absolute, URIs stay."""
     if _SCHEME.match(medium) and not os.path.exists(medium):
         return medium
-    return os.path.abspath(os.path.expanduser(medium))
+    return str(directories.absolute(medium))
 
 
 def split_options(uri: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import filelock
-import platformdirs
 from attrs import frozen
 
+from vmf import directories
 from vmf.testing.initrd import COMMAND_INIT, SHELL_INIT, initrd
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -66,7 +66,7 @@ class Unavailable(Exception):
 
 def cache_dir() -> Path:
     """Where fetched and built files are kept."""
-    return Path(os.environ.get("VMF_CACHE") or platformdirs.user_cache_dir("vmf")) / "guests"
+    return directories.cache_directory() / "guests"
 
 
 def builtin_guest() -> Path:

@@ -36,6 +36,7 @@ from vmf.cpu.state import (
 )
 from vmf.cpuid.contract import make_contract
 from vmf.cpuid.table import CpuidRegisters, CpuidTable
+from vmf.directories import optional_cache_directory
 from vmf.errors import VmfError
 from vmf.machine.bus import Bus
 from vmf.memory.guest import MIB, GuestMemory
@@ -205,9 +206,9 @@ def _syscall_verdict(memory: GuestMemory) -> str:
 # -- keeping the result
 
 
-def _cache_file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "vmf" / "kvm-selftest.json"
+def _cache_file() -> Path | None:
+    directory = optional_cache_directory()
+    return None if directory is None else directory / "kvm-selftest.json"
 
 
 def verdict(device: int, host: HostKvm) -> list[str]:
@@ -215,7 +216,7 @@ def verdict(device: int, host: HostKvm) -> list[str]:
     identity = f"{VERSION} {boot_identity()}"
     path = _cache_file()
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text()) if path is not None else {}
         if kept["identity"] == identity and all(isinstance(item, str) for item in kept["problems"]):
             return list(kept["problems"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -224,6 +225,8 @@ def verdict(device: int, host: HostKvm) -> list[str]:
         problems = run_selftest(device, host)
     except VmfError as error:
         return [f"the self-test cannot run: {error}"]
+    if path is None:
+        return problems
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")

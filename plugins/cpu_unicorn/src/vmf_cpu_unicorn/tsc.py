@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from platformdirs import user_cache_dir
+from vmf.directories import optional_cache_directory
 
 # RDTSC; SHL RDX,32; OR RAX,RDX; RET
 _READ_TSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
@@ -91,7 +91,8 @@ def _cache_file() -> Path | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
-    return Path(os.environ.get("VMF_CACHE") or user_cache_dir("vmf")) / f"tsc-khz-{boot}"
+    directory = optional_cache_directory()
+    return None if directory is None else directory / f"tsc-khz-{boot}"
 
 
 def _rate(span_ns: int) -> float:

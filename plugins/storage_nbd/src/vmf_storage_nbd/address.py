@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from attrs import frozen
 
+from vmf import directories
 from vmf.errors import ConfigError, StorageError
 from vmf.storage.uri import split_options
 from vmf_storage_nbd import protocol as p
@@ -114,9 +115,4 @@ def tls_context(address: NbdAddress) -> tuple[ssl.SSLContext, str]:
 
 def _default_directory() -> Path:
     """Where `vmf tls` puts them."""
-    home = os.environ.get("VMF_HOME")
-    if home:
-        return Path(os.path.abspath(os.path.expanduser(home))) / "tls"
-    import platformdirs
-
-    return Path(platformdirs.user_config_dir("vmf")) / "tls"
+    return (directories.chosen_home() or directories.config_directory()) / "tls"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
+from vmf.directories import absolute
 from vmf.errors import VmfError
 from vmf_transport_tls import files, issue
 
@@ -17,11 +17,7 @@ _DAYS = click.IntRange(1, 36500)
 
 
 def _directory(tls_dir: str | None) -> Path:
-    return _absolute(tls_dir) if tls_dir else files.default_directory()
-
-
-def _absolute(path: str) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    return absolute(tls_dir) if tls_dir else files.default_directory()
 
 
 @click.group()
@@ -99,7 +95,7 @@ def issue_(
     roles: tuple[files.Role, ...] = ("client",) if only_client else ("server",) if only_server else ("server", "client")
     authority = _directory(tls_dir)
     issue.check_host(host)
-    directory = _absolute(out) if out else authority / "issued" / host
+    directory = absolute(out) if out else authority / "issued" / host
     every = list(dict.fromkeys([host, *names]))
     issue.issue(authority, directory, every, roles, force=force, days=days)
     click.echo(f"Certificates of {', '.join(every)} are in {directory}.")

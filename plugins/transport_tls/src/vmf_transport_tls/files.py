@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from attrs import frozen
 
+from vmf import directories
 from vmf.errors import TransportError
 from vmf_transport_tls import sealed
 from vmf_transport_tls.ciphers import prefer_fast
@@ -60,12 +61,7 @@ def key_file(role: Role) -> str:
 
 def default_directory() -> Path:
     """`VMF_HOME/tls`, else `tls` in the user's configuration directory of vmf."""
-    home = os.environ.get("VMF_HOME")
-    if home:
-        return Path(os.path.abspath(os.path.expanduser(home))) / "tls"
-    import platformdirs
-
-    return Path(platformdirs.user_config_dir("vmf")) / "tls"
+    return (directories.chosen_home() or directories.config_directory()) / "tls"
 
 
 def directory_of(options: Mapping[str, Any]) -> Path:
