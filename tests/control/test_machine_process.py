@@ -15,7 +15,7 @@ import attrs
 import pytest
 
 from vmf.control.client import ControlClient
-from vmf.control.process import spawn_detached
+from vmf.control.process import SAME_REQUEST_S, spawn_detached
 from vmf.errors import ImageError, InvalidStateError, NotFoundError, PluginError
 from vmf.machine.home import Home
 
@@ -26,6 +26,8 @@ from vmf.control.process import Observer, run_machine_process
 from vmf.machine.home import Home
 
 FakeMachine = runpy.run_path(sys.argv[3])["FakeMachine"]
+if sys.argv[4:] == ["stuck"]:
+    FakeMachine.power_off = lambda self: None
 
 class Said(Observer):
     def say(self, *what): print(json.dumps(what), flush=True)
@@ -44,10 +46,10 @@ print(json.dumps(["ended", run_machine_process(
 class Process:
     """A fake machine's process."""
 
-    def __init__(self, home: Home, **arguments: object) -> None:
+    def __init__(self, home: Home, *, stuck: bool = False, **arguments: object) -> None:
         conftest = Path(__file__).with_name("conftest.py")
         self.child = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(home.data), str(home.runtime), str(conftest)],
+            [sys.executable, "-c", DRIVER, str(home.data), str(home.runtime), str(conftest), *["stuck"] * stuck],
             stdout=subprocess.PIPE,
             text=True,
             **arguments,  # type: ignore[call-overload]
@@ -98,6 +100,31 @@ def test_first_signal_powers_off_in_order(home: Home, number: signal.Signals) ->
         process.said("ended", "poweredoff")
         assert process.child.wait(60) == 0
     assert home.resting_state("vm") == "poweredoff"
+
+
+@pytest.mark.parametrize("pair", [(signal.SIGTERM, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP)])
+def test_signals_in_the_same_instant_are_one_request_and_not_lost(
+    home: Home, pair: tuple[signal.Signals, signal.Signals]
+) -> None:
+    for _ in range(3):
+        with Process(home) as process:
+            process.said("running", "running")
+            for number in pair:
+                process.child.send_signal(number)
+            assert process.child.wait(60) == 0
+        assert home.resting_state("vm") == "poweredoff"
+
+
+def test_a_second_signal_ends_it_at_once(home: Home) -> None:
+    with Process(home, stuck=True) as process:
+        process.said("running", "running")
+        process.child.send_signal(signal.SIGTERM)
+        process.said("notice", "SIGTERM: powering off (once more to end at once) ...")
+        time.sleep(2 * SAME_REQUEST_S)
+        process.child.send_signal(signal.SIGINT)
+        process.said("notice", "Ended at once.")
+        assert process.child.wait(60) == 128 + signal.SIGINT
+    assert home.resting_state("vm") == "aborted"
 
 
 def test_ignored_signals_stay_ignored(home: Home) -> None:

@@ -4,7 +4,8 @@ Theory of operation. The main thread only waits: for signals, which arrive as by
 the main thread anywhere, so it must not touch locks), and for the thread that lives the machine's life: boot or wait
 for a teleport, run, finish. Control and console are served from before the machine starts until after it ended, so
 every state can be asked for and no answer is lost. The first SIGINT, SIGTERM or SIGHUP powers the machine off and
-lets the process end in order; the second ends it at once (the machine is then "aborted").
+lets the process end in order; a second one, `SAME_REQUEST_S` later or more, ends it at once (the machine is then
+"aborted").
 
 A detached machine is the same function in a new session, with its messages in vmm.log; it reports readiness, or its
 error, as one line of JSON on a pipe to whoever started it.
@@ -39,6 +40,9 @@ log = logging.getLogger("vmf.process")
 
 MachineFactory = Callable[[MachineConfig, Callable[[VmfError], None]], ControlledMachine]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_REQUEST_S = 0.3
+"""Signals that follow the first one so soon are no second request: a closing terminal sends SIGHUP twice, a supervisor
+SIGTERM beside the terminal's SIGINT."""
 LINGER_S = 0.05
 """A machine that has left is taken apart so much later: it may run on this very host now, and need the processor."""
 
@@ -172,14 +176,18 @@ def _serve(
 
         life = threading.Thread(target=live, name="vmf-life", daemon=True)
         life.start()
-        signals = 0
+        same_request_until = 0.0
         while received := os.read(reader, 1):
             if received == b"\0":
                 break
-            signals += 1
-            if signals > 1:
+            if received[0] not in SIGNALS:
+                continue  # another part of this process handles it; its number comes here all the same
+            if stopping.is_set():
+                if time.monotonic() < same_request_until:
+                    continue
                 watcher.notice("Ended at once.")
                 os._exit(128 + received[0])
+            same_request_until = time.monotonic() + SAME_REQUEST_S
             stopping.set()
             watcher.notice(f"{signal.Signals(received[0]).name}: powering off (once more to end at once) ...")
             threading.Thread(target=_power_off, args=(machine,), name="vmf-poweroff", daemon=True).start()
@@ -228,21 +236,28 @@ def _power_off(machine: ControlledMachine) -> None:
 
 @contextlib.contextmanager
 def _signal_pipe() -> Iterator[tuple[int, int]]:
-    """While inside, signals arrive in a pipe as their numbers, one byte each."""
+    """While inside, signals arrive in a pipe as their numbers, one byte each.
+
+    `signal.set_wakeup_fd` writes them where the signal arrives. A handler in Python would write them when the main
+    thread next runs Python code, and a second signal, which the kernel may give to another thread, does not wake it.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = {}
+    before: dict[signal.Signals, Any] = {}
     main = threading.current_thread() is threading.main_thread()
+    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False) if main else -1
     try:
         if main:
             for number in SIGNALS:
                 if signal.getsignal(number) is signal.SIG_IGN:
                     continue  # nohup, or a shell's background job: whoever started us wants it so
-                before[number] = signal.signal(number, lambda got, frame: os.write(writer, bytes([got])) and None)
+                before[number] = signal.signal(number, lambda got, frame: None)
         yield reader, writer
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if main:
+            signal.set_wakeup_fd(wakeup_before)
         os.close(reader)
         os.close(writer)
 
