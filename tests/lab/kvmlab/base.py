@@ -25,6 +25,7 @@ from attrs import frozen
 from kvmlab import needs
 from kvmlab.cache import cached, digest, entry
 from kvmlab.errors import LabError, LabUnavailable
+from vmf.testing.disks import built_in, module_contents
 from vmf.testing.initrd import Entry, cpio
 
 HERE = Path(__file__).resolve().parent
@@ -140,9 +141,14 @@ def _initrd(root: Path, kernel: str) -> bytes:
         Entry("init", stat.S_IFREG | 0o755, (HERE / "initrd-init.sh").read_bytes()),
         Entry("modules", stat.S_IFDIR | 0o755),
     ]
+    modules = root / "usr/lib/modules" / kernel
+    without = built_in((modules / "modules.builtin").read_bytes())
     for number, name in enumerate(BOOT_MODULES):
-        (path,) = (root / "usr/lib/modules" / kernel).rglob(f"{name}.ko")
-        entries.append(Entry(f"modules/{number}-{name}.ko", stat.S_IFREG | 0o644, path.read_bytes()))
+        if name in without:
+            continue
+        (path,) = modules.rglob(f"{name}.ko*")
+        content = module_contents(path.name, path.read_bytes())
+        entries.append(Entry(f"modules/{number}-{name}.ko", stat.S_IFREG | 0o644, content))
     return cpio(entries)
 
 

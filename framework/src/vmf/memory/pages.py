@@ -199,7 +199,12 @@ def _gathered_zero(
     """Which of the rows `numbers` hold zeros only. Fresh memory would cost page faults: `scratch`."""
     rows = scratch[: len(numbers)]
     np.take(words, numbers, axis=0, out=rows, mode="clip")
-    return np.asarray(np.bitwise_or.reduce(rows, axis=1) == 0)
+    return _zero_in_place(rows)
+
+
+def _zero_in_place(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    # with keepdims, as that is the call which the type stubs of every NumPy accept
+    return np.asarray(np.bitwise_or.reduce(rows, axis=1, keepdims=True).ravel() == 0)
 
 
 def _zero_rows(words: npt.NDArray[np.uint64], scratch: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -211,7 +216,7 @@ def _zero_rows(words: npt.NDArray[np.uint64], scratch: npt.NDArray[np.uint64]) -
     zero: npt.NDArray[np.bool_] = words[:, 0] == 0
     candidates = np.flatnonzero(zero)
     if len(candidates) * 2 > len(words):
-        return np.asarray(np.bitwise_or.reduce(words, axis=1) == 0)
+        return _zero_in_place(words)
     if len(candidates):
         zero[candidates] = _gathered_zero(words, candidates, scratch)
     return zero

@@ -38,7 +38,7 @@ class RamRanges(Sequence[memoryview]):
     def nbytes(self) -> int:
         """Of all of them."""
         if self._nbytes is None:
-            self._nbytes = int(np.add.reduce(self.ranges[:, 1]))
+            self._nbytes = int(self.ranges[:, 1].sum())
         return self._nbytes
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ root, debootstrap and e2fsprogs; where they are missing, the `Found` says so.
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import lzma
 import os
@@ -97,29 +98,55 @@ def virtio_modules() -> Mapping[str, bytes]:
         raise FileNotFoundError(f"no modules for the kernel {kernel}: {error}") from error
 
 
+def module_contents(name: str, content: bytes) -> bytes:
+    """A kernel module as insmod takes it, of a file called NAME.ko, NAME.ko.xz, NAME.ko.gz or NAME.ko.zst."""
+    suffix = name.rpartition(".")[2]
+    if suffix == "xz":
+        return lzma.decompress(content)
+    if suffix == "gz":
+        return gzip.decompress(content)
+    if suffix == "zst":
+        return guests.zstd_decompress(content)
+    return content
+
+
+def built_in(listing: bytes) -> frozenset[str]:
+    """The names of the modules that a kernel's `modules.builtin` lists, as MODULES writes them."""
+    return frozenset(Path(line).name.partition(".")[0].replace("-", "_") for line in listing.decode().split())
+
+
 def _fetch_modules(release: str, folder: Path) -> None:
     """From this machine when it has that kernel, otherwise from the archive."""
-    pattern = rf"({'|'.join(MODULES)})\.ko(\.xz)?"
+    pattern = rf"({'|'.join(MODULES)})\.ko(\.xz|\.gz|\.zst)?"
     found: dict[str, bytes] = {}
+    without: frozenset[str] = frozenset()
 
     def take(name: str, content: bytes) -> None:
-        found[name.partition(".")[0]] = lzma.decompress(content) if name.endswith(".xz") else content
+        nonlocal without
+        if name == "modules.builtin":
+            without = built_in(content)
+        else:
+            found[name.partition(".")[0]] = module_contents(name, content)
 
-    for path in Path("/lib/modules", release, "kernel").rglob("virtio*.ko*"):
+    installed = Path("/lib/modules", release)
+    for path in installed.glob("kernel/**/virtio*.ko*"):
         if re.fullmatch(pattern, path.name):
             take(path.name, path.read_bytes())
+    if found and (installed / "modules.builtin").is_file():
+        take("modules.builtin", (installed / "modules.builtin").read_bytes())
     if not found:
         deb = guests.download(f"linux-image-{release}", None)
         try:
-            for name, content in guests.members_of_deb(deb, rf".*/kernel/.*/{pattern}"):
+            for name, content in guests.members_of_deb(deb, rf".*/(modules\.builtin|kernel/.*/{pattern})"):
                 take(Path(name).name, content)
         finally:
             shutil.rmtree(deb.parent, ignore_errors=True)
-    missing = [name for name in MODULES if name not in found]
+    needed = [name for name in MODULES if name.replace("-", "_") not in without]
+    missing = [name for name in needed if name not in found]
     if missing:
         raise Unavailable(f"kernel {release} comes without the module {missing[0]}")
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    for number, name in enumerate(MODULES):
+    for number, name in enumerate(needed):
         (partial / f"{number}-{name}.ko").write_bytes(found[name])
     partial.rename(folder)
 

@@ -182,6 +182,19 @@ class _Inflating:
         return out
 
 
+def _zstd() -> Any:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
+
+
+def zstd_decompress(content: bytes) -> bytes:
+    """A whole zstd file's content."""
+    return bytes(_zstd().decompress(content))
+
+
 def _member_of_deb(deb: Path, pattern: str) -> bytes:
     """Content of the first file of a Debian package that matches."""
     for _, content in members_of_deb(deb, pattern):
@@ -205,11 +218,7 @@ def members_of_deb(deb: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
             elif name.endswith(".gz"):
                 source = _Inflating(source, zlib.decompressobj(31).decompress)
             elif name.endswith(".zst"):
-                if sys.version_info >= (3, 14):
-                    from compression import zstd
-                else:
-                    from backports import zstd
-                source = _Inflating(source, zstd.ZstdDecompressor().decompress)
+                source = _Inflating(source, _zstd().ZstdDecompressor().decompress)
             with tarfile.open(fileobj=source, mode="r|") as archive:
                 for member in archive:
                     if member.isfile() and re.fullmatch(pattern, member.name):

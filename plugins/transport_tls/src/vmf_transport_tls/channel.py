@@ -47,6 +47,17 @@ _TLS_MOST = (16 << 10) + 256
 ALTERED = "what came had been altered on the way, or was said twice, late or not at all"
 
 
+def undecipherable(reason: str) -> bool:
+    """Whether OpenSSL's reason means that a record does not decrypt under the keys of this connection.
+
+    OpenSSL 3.2 and later put RECORD_LAYER_FAILURE on top of the precise reason, and Python's `ssl` tells the top only.
+    What else ends there (a record of an unknown type, or one that is too long) was altered as well.
+    """
+    return any(
+        each in reason for each in ("DECRYPTION_FAILED", "BAD_RECORD_MAC", "DIGEST_CHECK_FAILED", "RECORD_LAYER_FAILURE")
+    )
+
+
 @frozen
 class Stream:
     """A TLS connection that has shaken hands, and its two buffers.
@@ -119,7 +130,7 @@ class TlsChannel(SocketChannel):
         reason = error.reason or str(error)
         if "ALERT" in reason and "BAD_RECORD_MAC" in reason:
             what = "what came there had been altered on the way, or was said twice, late or not at all"
-        elif "BAD_RECORD_MAC" in reason or "DIGEST_CHECK_FAILED" in reason:
+        elif undecipherable(reason):
             what = ALTERED
         else:
             what = reason.replace("_", " ").lower()

@@ -21,7 +21,7 @@ from attrs import evolve
 from vmf.errors import TransportClosed, TransportError, TransportRefused, TransportTimeout
 from vmf.transport.base import Address
 from vmf_transport_tls import sealed
-from vmf_transport_tls.channel import Stream
+from vmf_transport_tls.channel import Stream, undecipherable
 from vmf_transport_tls.files import Credentials, is_allowed, peer_names
 
 _VERDICT = struct.Struct("!BH")
@@ -262,7 +262,7 @@ def _explain(error: ssl.SSLError, who: str, hostname: str = "") -> tuple[str, st
         )
     if reason in ("PEER_DID_NOT_RETURN_A_CERTIFICATE",):
         return f"the {who} showed no certificate", "Make it one (`vmf tls issue HOST`)."
-    if "DECRYPTION_FAILED" in reason or "DIGEST_CHECK_FAILED" in reason:
+    if undecipherable(reason):
         return (
             f"what the {who} sent was not made for this connection, but altered on the way, or recorded and said again",
             "If that was your own teleport, try it again, and see what lies between the two hosts.",
