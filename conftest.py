@@ -64,4 +64,4 @@ class NoSilentSkips:
             terminalreporter.section("skipped on CI, and not in tests/absent.toml", red=True)
             for line in self.unexpected:
                 terminalreporter.line(line)
-            terminalreporter.line("Let .ci/run install what they need, or say in tests/absent.toml why it may be absent.")
+            terminalreporter.line("Let .ci/run install what they need, or allow it in tests/absent.toml with a reason.")

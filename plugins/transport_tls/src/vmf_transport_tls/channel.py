@@ -53,9 +53,8 @@ def undecipherable(reason: str) -> bool:
     OpenSSL 3.2 and later put RECORD_LAYER_FAILURE on top of the precise reason, and Python's `ssl` tells the top only.
     What else ends there (a record of an unknown type, or one that is too long) was altered as well.
     """
-    return any(
-        each in reason for each in ("DECRYPTION_FAILED", "BAD_RECORD_MAC", "DIGEST_CHECK_FAILED", "RECORD_LAYER_FAILURE")
-    )
+    marks = ("DECRYPTION_FAILED", "BAD_RECORD_MAC", "DIGEST_CHECK_FAILED", "RECORD_LAYER_FAILURE")
+    return any(mark in reason for mark in marks)
 
 
 @frozen
