@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vmf.memory.guest import PAGE_SIZE, GuestMemory
 from vmf.teleport.check import Blocker, compare_descriptions, compare_payloads, show
-from vmf.teleport.clocks import ClockOffset
+from vmf.teleport.clocks import ClockOffset, clock_name
 from vmf.teleport.converge import FIXED_NS, THROTTLE_STEPS, Convergence, Decision, RoundStats
 from vmf.teleport.progress import Reporter
 from vmf.teleport.protocol.runs import unpack_runs
@@ -97,6 +97,30 @@ def test_the_clock_error_is_a_bound(offset, trips):
         now += there + back + 1000
     estimate, error = clocks.best(now)
     assert abs(estimate - offset) <= error + 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7)), min_size=1))
+def test_a_shared_clock_is_not_estimated(trips):
+    clocks = ClockOffset()
+    clocks.shared = True
+    now = 10**16
+    for there, back in trips:
+        clocks.add(now, now + there, now + there + back)
+        now += there + back + 1000
+    assert clocks.best(now) == (0, 0)
+
+
+def test_a_clock_that_only_claims_to_be_shared_is_estimated():
+    clocks = ClockOffset()
+    clocks.shared = True
+    clocks.add(10**16, 10**16 + 5 * MS, 10**16 + MS)  # answered after the answer had come
+    offset, error = clocks.best(10**16)
+    assert abs(offset - 5 * MS) <= error + 1
+
+
+def test_a_clock_has_one_name_a_teleport():
+    assert clock_name(b"1" * 16) == clock_name(b"1" * 16) != clock_name(b"2" * 16)
+    assert len(clock_name(b"1" * 16)) <= 64
 
 
 def test_an_old_clock_sample_loses_to_a_fresh_one():

@@ -25,6 +25,7 @@ from vmf.machine import switch
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
 from vmf.machine.console import SerialConsole
+from vmf.machine.guest_time import GuestTime
 from vmf.machine.timers import TimerQueue
 from vmf.machine.vcpu_thread import VcpuThread
 from vmf.memory.guest import MIB, PAGE_SIZE, GuestMemory
@@ -67,6 +68,7 @@ class Hardware:
         self.memory = GuestMemory(memory_mib * MIB)
         self.bus = Bus()
         self.clock = MachineClock()
+        self.time = GuestTime(self.clock)
         self.timers = TimerQueue(self.clock)
         self.console = console
         self.tsc_khz = 0
@@ -74,7 +76,6 @@ class Hardware:
         self._controller: InterruptController | None = None
         self._lines: Callable[[int], IrqLine] | None = None
         self._vcpu: Vcpu | None = None
-        self._frozen_tsc: int | None = None
         self.held = True
         """Somebody wants the vCPU stopped: only `run` lets it go on. vCPU thread."""
         self._console_timer = self.timers.timer(self._offer_input)
@@ -151,6 +152,7 @@ class Hardware:
                 raise
             self._vcpu, self.backend = vcpu, chosen
             self.cpuid, self.tsc_khz = cpuid, tsc_khz
+            self.time.tsc_khz = tsc_khz
             self.thread.attach(self._vcpu)
 
         self.thread.call(plug)
@@ -182,8 +184,7 @@ class Hardware:
             new.invalidate_code(0, self.memory.size)
             new.restore(state)
             switch.verify(state, new.save(), backend.name)
-            if self._frozen_tsc is None:
-                new.write_tsc(old.read_tsc())  # the old one has counted on until now
+            self.time.hand_over(old, new)
             self._vcpu, self.backend = new, backend
             self.thread.attach(new)
             return old, time.monotonic_ns() - begun
@@ -267,6 +268,7 @@ class Hardware:
         """
 
         def reset() -> None:
+            self.time.hold(self.clock.now(), 0)
             for device in self.devices:
                 device.quiesce()  # nothing may arrive in RAM once it is cleared
             if keep_mapping:
@@ -282,51 +284,57 @@ class Hardware:
             self.memory.tell_observers()
             self.vcpu.restore(attrs.evolve(state, tsc=0, tsc_khz=self.tsc_khz))
             self.vcpu.invalidate_code(0, self.memory.size)
-            self._frozen_tsc = None
 
         self.thread.call(reset)
 
     def run(self) -> None:
-        """Let the vCPU run; guest time goes on from where it stood."""
+        """Let the vCPU run; guest time goes on from where it stood, or where it would be by now, as `halt` was told."""
 
         def run() -> None:
             self.held = False
-            if self.thread.running:
-                return
-            if self._frozen_tsc is not None:
-                self.vcpu.write_tsc(self._frozen_tsc)
-                self._frozen_tsc = None
-            self.clock.start()
-            self.thread.set_running(True)
+            if not self.thread.running:
+                self.time.start(self.vcpu)
+                self.thread.set_running(True)
 
         self.thread.call(run)
 
     def halt(self, *, freeze_time: bool) -> None:
         """Stop the vCPU between two instructions, and what the devices do to RAM on their own.
 
-        Raises StateError when a device does not come to rest (its storage does not answer); then the guest goes on.
+        Guest time stands still from this very instant on: whatever is read of the machine from then on is as it was
+        when the vCPU stopped. Raises StateError when a device does not come to rest (its storage does not answer);
+        then the guest goes on, and no time was lost.
 
         Args:
-            freeze_time: guest time stands still until `run` (a user's pause); otherwise it goes on (a teleport,
-                whose failure must leave no gap).
+            freeze_time: the guest does not see the time until `run` pass (a user's pause); otherwise `run` adds it
+                (a teleport, whose failure must leave no gap). A second halt may take it out, but never adds it.
         """
 
         def halt() -> None:
             held, running = self.held, self.thread.running
             self.held = True
             self.thread.set_running(False)
+            if self._vcpu is not None:
+                self.time.stop(self._vcpu)
             try:
                 for device in self.devices:
                     device.quiesce()
             except BaseException:
                 self.held = held
-                self.thread.set_running(running)
+                if running:
+                    self.time.start(self.vcpu)
+                    self.thread.set_running(True)
                 raise
-            if freeze_time and self.clock.running:
-                self.clock.stop()
-                self._frozen_tsc = self.vcpu.read_tsc()
+            if freeze_time:
+                self.time.leave_out()
 
         self.thread.call(halt)
+
+    @property
+    def stopped_at_ns(self) -> int | None:
+        """When the vCPU stopped, ns of this host's CLOCK_MONOTONIC; None while it may run."""
+        stopped = self.time.stopped
+        return None if stopped is None else stopped.host_ns
 
     def change_medium(self, drive: Drive, exchange: Callable[[], None]) -> None:
         """Do `exchange`, which puts another medium into a drive, while no device uses any; then tell the devices."""
@@ -372,12 +380,12 @@ class Hardware:
         def save() -> list[Payload]:
             for device in self.devices:
                 device.quiesce()
-            state = self.vcpu.save()
-            guest_ns = self.clock.now()
-            if self._frozen_tsc is not None:
-                state = attrs.evolve(state, tsc=self._frozen_tsc)
+            stopped = self.time.stopped
+            if stopped is None:
+                raise StateError("the machine runs: its state can only be saved while it is stopped.")
+            state = attrs.evolve(self.vcpu.save(), tsc=stopped.tsc)
             return [
-                Payload(CLOCK_KIND, 1, {"guest_ns": guest_ns}),
+                Payload(CLOCK_KIND, 1, {"guest_ns": stopped.guest_ns}),
                 Payload(VCPU_KIND, codec.FORMAT_VERSION, codec.to_plain(state)),
                 Payload(CONSOLE_KIND, 1, {"pending_input": self.console.pending_input()}),
                 *(
@@ -417,13 +425,11 @@ class Hardware:
             if waiting:
                 kinds = ", ".join(sorted(f"{kind} #{instance}" for kind, instance in waiting))
                 raise StateError(f"this machine has no place for the state of {kinds}.")
-            self.clock.stop()
-            self.clock.set(guest_ns)
+            self.time.hold(guest_ns, state.tsc)
             for device, payload in own:
                 device.restore(payload)
             self.vcpu.restore(state)
             self.vcpu.invalidate_code(0, self.memory.size)
-            self._frozen_tsc = state.tsc
             self.console.set_pending_input(pending)
 
         self.thread.call(restore)
@@ -433,16 +439,10 @@ class Hardware:
         CLOCK_MONOTONIC) and run, or stay paused as it was. Returns when it was let run."""
 
         def go() -> int:
-            assert self._frozen_tsc is not None
-            now = time.monotonic_ns()
             if not running:
-                return now
-            elapsed_ns = max(0, now - stopped_at_ns)
-            self.clock.set(self.clock.now() + elapsed_ns)
-            self.vcpu.write_tsc(self._frozen_tsc + elapsed_ns * self.tsc_khz // 1_000_000)
-            self._frozen_tsc = None
+                return self.clock.host_now()
+            now = self.time.start(self.vcpu, stopped_at_ns)
             self.held = False
-            self.clock.start()
             self.thread.set_running(True)
             if self.console.has_input:
                 self._offer_input()
@@ -460,7 +460,7 @@ class Hardware:
             for device in self.devices:
                 device.reset()
             self.console.drop_input()
-            self._frozen_tsc = None
+            self.time.hold(0, 0)
 
         self.thread.call(discard)
 

@@ -21,6 +21,7 @@ from vmf.machine.states import MachineState
 from vmf.memory.dirty import DirtyTracker
 from vmf.memory.guest import GuestMemory
 from vmf.teleport.check import Blocker, Hook, compare_descriptions, show
+from vmf.teleport.seam import Stopped
 
 if TYPE_CHECKING:
     from vmf.machine.machine import Machine
@@ -173,7 +174,7 @@ class TeleportView:
     def set_throttle(self, fraction: float) -> None:
         self._machine.hardware.thread.set_throttle(fraction)
 
-    def stop(self) -> bool:
+    def stop(self) -> Stopped:
         machine = self._machine
         if machine.state not in (MachineState.TELEPORTING, MachineState.TELEPORTING_PAUSED):
             raise TeleportError(f"machine {self.name} became {machine.state.value} during the teleport.")
@@ -183,7 +184,9 @@ class TeleportView:
         machine.hardware.thread.call(lambda: None)  # what the last slice posted (a reset) has happened before the scan
         if machine.powering_off:
             raise TeleportError(f"the guest of machine {self.name} switched itself off during the teleport.")
-        return self._was_running
+        stopped_at = machine.hardware.stopped_at_ns
+        assert stopped_at is not None
+        return Stopped(self._was_running, stopped_at)
 
     def save(self) -> Sequence[Payload]:
         return self._machine.hardware.save()

@@ -156,10 +156,10 @@ class VcpuThread:
 
     def _step(self) -> None:
         posts = self._posts
-        while not posts.empty():
+        for _ in range(posts.qsize()):  # what these post is for the next step, so that a step ends
             posts.get_nowait()()
-        if self._closing:
-            return
+            if self._closing:
+                return
         vcpu = self._vcpu
         if not self._running or vcpu is None:
             posts.get()()

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from vmf.errors import RemoteProtocolError, TeleportError, TransportError, VmfError
 from vmf.teleport.authentication import Attempts, Verifier, WrongPassword, demand, methods_of
+from vmf.teleport.clocks import clock_name
 from vmf.teleport.link import Link, farewell, remote_end
 from vmf.teleport.protocol import Connection, Role
 from vmf.teleport.protocol import messages as m
@@ -243,7 +244,8 @@ class Lobby:
             )
             error.code = "version"
             raise error
-        features = tuple(feature for feature in self._features if feature in hello.features)
+        known = (*self._features, clock_name(hello.teleport_id))
+        features = tuple(feature for feature in known if feature and feature in hello.features)
         binding = visitor.channel.channel_binding()
         methods = methods_of(self._verifier, binding)
         link.send(m.Welcome(hello.teleport_id, max(common), features, methods, software()))

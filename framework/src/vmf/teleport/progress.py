@@ -100,7 +100,8 @@ class TeleportSummary:
         last_pages: of them, while the guest stood still.
         downtime_ns: from the source's vCPU stop to the target's vCPU start, between two hosts' clocks; 0 if the
             machine had been paused by its user (and at a `check_only`).
-        clock_error_ns: bound of the error of the clock comparison in it.
+        clock_error_ns: most by which the comparison of both hosts' clocks is wrong, and with it the downtime and, from
+            now on, the guest's clocks; 0 on one host.
         downtime: where it went (source only).
         total_ns: the whole teleport.
         throttle: the highest that was needed.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from attrs import frozen
+
 from vmf.device.base import Payload
 from vmf.memory.dirty import DirtyTracker
 from vmf.memory.guest import GuestMemory
@@ -17,6 +19,19 @@ from vmf.teleport.check import Blocker
 if TYPE_CHECKING:
     from vmf.cpuid.negotiate import Capability
     from vmf.teleport.journal import Journal
+
+
+@frozen
+class Stopped:
+    """How a machine was stopped.
+
+    Attributes:
+        running: it was running (False: the user had paused it).
+        at_ns: when its vCPU and its time stopped, ns of this host's CLOCK_MONOTONIC. What `save` gives is of then.
+    """
+
+    running: bool
+    at_ns: int
 
 
 class TeleportableMachine(Protocol):
@@ -43,14 +58,15 @@ class TeleportableMachine(Protocol):
     def set_throttle(self, fraction: float) -> None:
         """Keep the vCPU from running for this fraction of the time, 0 to 0.99."""
 
-    def stop(self) -> bool:
-        """Stop the vCPU for the handover; True when it was running (False: the user had paused it). Fast."""
+    def stop(self) -> Stopped:
+        """Stop the vCPU, and with it guest time, for the handover. Fast."""
 
     def save(self) -> Sequence[Payload]:
-        """vCPU, clock and devices of the stopped machine."""
+        """vCPU, clock and devices of the stopped machine, as of the instant at which it stopped."""
 
     def undo_stop(self) -> None:
-        """The teleport failed before the handover: go on as if nothing had happened (a paused machine stays so)."""
+        """The teleport failed before the handover: go on as if nothing had happened (a paused machine stays so), guest
+        time too: what has passed since the stop is added to it."""
 
     def mark_handed_over(self) -> None:
         """HANDOVER was sent: this machine must not run again on its own."""

@@ -38,7 +38,7 @@ from vmf.memory.dirty import DirtyTracker, PageRuns
 from vmf.memory.guest import PAGE_SIZE
 from vmf.teleport.authentication import prove
 from vmf.teleport.check import Blocker
-from vmf.teleport.clocks import ClockOffset
+from vmf.teleport.clocks import ClockOffset, clock_name
 from vmf.teleport.converge import Convergence, Decision, RoundStats
 from vmf.teleport.custodian import SourceCustodian
 from vmf.teleport.journal import Entry, MemoryJournal
@@ -49,7 +49,7 @@ from vmf.teleport.protocol import Connection, Phase, Role, SourceOutcome
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.handover import SOURCE_OWNS, Deed, Note, SourceEvent
 from vmf.teleport.ram import RamSender
-from vmf.teleport.seam import KeepsJournal, KeepsLeases, TeleportableMachine, payload_kinds
+from vmf.teleport.seam import KeepsJournal, KeepsLeases, Stopped, TeleportableMachine, payload_kinds
 from vmf.transport.base import Address, Channel
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class _Source:
         self._reader = threading.Thread(target=self._read, name="vmf-teleport-reader", daemon=True)
         self._canceller = Canceller(cancel, options.timeout_s, now=lambda: self._inbox.put(None), late=self._break)
         self._tracker: DirtyTracker | None = None
-        self._running = False
+        self._stopped = Stopped(running=False, at_ns=0)
         self._t_start = self._t_stopped = 0
         self._throttle = self._highest_throttle = 0.0
 
@@ -167,7 +167,7 @@ class _Source:
 
     def _stop_guest(self) -> None:
         self._t_start = time.monotonic_ns()
-        self._running = self._machine.stop()
+        self._stopped = self._machine.stop()
         self._t_stopped = time.monotonic_ns()
 
     def _pass_lease(self) -> None:
@@ -262,13 +262,15 @@ class _Source:
             ram_bytes=self._machine.memory.size,
             message=m.clean_text(" ".join(self._link.channel.notices)),
         )
-        name = m.clean_text(self._machine.name, 255)
-        self._link.send(m.Hello(self._teleport_id, m.PROTOCOL_VERSIONS, m.FEATURES, software(), name))
+        name, clock = m.clean_text(self._machine.name, 255), clock_name(self._teleport_id)
+        offered = (*m.FEATURES, clock) if clock else m.FEATURES
+        self._link.send(m.Hello(self._teleport_id, m.PROTOCOL_VERSIONS, offered, software(), name))
         welcome, _ = self._expect(m.Welcome)
         if welcome.teleport_id != self._teleport_id:
             raise RemoteProtocolError("the target answered for another teleport.")
-        if welcome.version not in m.PROTOCOL_VERSIONS or not set(welcome.features) <= set(m.FEATURES):
+        if welcome.version not in m.PROTOCOL_VERSIONS or not set(welcome.features) <= set(offered):
             raise RemoteProtocolError("the target chose a protocol version or feature that was not offered.")
+        self._clocks.shared = clock in welcome.features
         self._report.phase(Phase.AUTHENTICATE)
         prove(
             welcome.methods,
@@ -387,7 +389,7 @@ class _Source:
         self._report.phase(Phase.PAUSE)
         pages_before = counters.pages
         self._custodian.do(SourceEvent.PAUSE)
-        t_start, t_stopped, running = self._t_start, self._t_stopped, self._running
+        t_start, t_stopped, stopped = self._t_start, self._t_stopped, self._stopped
         link.send(m.Paused())
         rest = pages.union(rest, tracker.collect())
         t_scanned = time.monotonic_ns()
@@ -396,7 +398,7 @@ class _Source:
         payloads = tuple(machine.save())
         t_saved = time.monotonic_ns()
         offset, error = self._clocks.best(t_saved)
-        link.send(m.State(payloads, max(0, t_stopped + offset), running, counters.sent_bytes))
+        link.send(m.State(payloads, max(0, stopped.at_ns + offset), stopped.running, counters.sent_bytes))
         # Keep-alives alone would hold the guest for ever.
         patience = self._options.idle_timeout_s + self._options.max_downtime_ms / 1000
         _, t_ready = self._expect(m.Ready, patience)
@@ -432,7 +434,7 @@ class _Source:
             pages=counters.pages,
             zero_pages=counters.zero_pages,
             last_pages=counters.pages - pages_before,
-            downtime_ns=max(0, resumed - t_start) if running else 0,
+            downtime_ns=max(0, resumed - t_start) if stopped.running else 0,
             clock_error_ns=error,
             downtime=downtime,
             tracker=tracker.name,

@@ -18,6 +18,7 @@ from vmf.memory import pages
 from vmf.memory.dirty import DirtyTracker, PageRuns
 from vmf.memory.guest import PAGE_SIZE, GuestMemory
 from vmf.teleport.check import Blocker, compare_descriptions
+from vmf.teleport.seam import Stopped
 from vmf.transport.base import Address, Buffer, Channel, Listener
 
 
@@ -190,6 +191,7 @@ class FakeMachine:
         self.delay: dict[str, float] = {}
         self.blockers: list[Blocker] = []
         self.elapsed_ns: int | None = None
+        self.stopped_at_ns = 0
         self.description: dict[str, Any] = {"memory_mib": size >> 20, "devices": [["fake", 0]]}
         self._thread = threading.Thread(target=self._guest, name=f"guest-{name}", daemon=True)
         self._thread.start()
@@ -283,11 +285,12 @@ class FakeMachine:
         self.log.append(f"set_throttle {fraction:g}")
         self.throttle = fraction
 
-    def stop(self) -> bool:
+    def stop(self) -> Stopped:
         self._call("stop")
         self._was_running = self._runs
         self.halt()
-        return self._was_running
+        self.stopped_at_ns = time.monotonic_ns()
+        return Stopped(self._was_running, self.stopped_at_ns)
 
     def save(self) -> Sequence[Payload]:
         self._call("save")

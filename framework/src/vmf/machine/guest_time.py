@@ -1,0 +1,146 @@
+"""Stopping and starting guest time: the machine's clock and the guest's TSC as one.
+
+Theory of operation
+    A guest has two clocks: the machine's, from which its timer devices count (`vmf.machine.clock`), and the TSC, which
+    the vCPU counts by itself as long as it exists. Both stop at one instant, when the vCPU does, and the host's clock
+    is read at the same instant (`Instant`). What is saved of the machine is of that instant, however long it takes to
+    save. Both start at one instant again. What becomes of the time in between is decided then: after a pause by the
+    user it is left out; after a teleport, or one that failed, it is added, so that the guest's wall clock is as right
+    as it was.
+
+    Two clocks cannot be read or set at once, so a reading of one is put between two readings of the other, and
+    repeated when the scheduler came in between. What was set is read back, and set again until it is right to some
+    microseconds. The next stop reads what there is, so these errors do not add up in one direction: no number of stops
+    makes the two clocks part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import frozen
+
+from vmf.cpu.backend import Vcpu
+from vmf.machine.clock import HostNs, MachineClock
+
+_NARROW_NS = 2_000
+"""A pair of readings that took no longer counts as one instant."""
+_READINGS = 8
+_SETTINGS = 16
+_SYSTEMATIC_NS = 100_000
+"""By what setting is always late, at most; more than that was the scheduler."""
+
+
+@frozen
+class Instant:
+    """The same instant by three clocks.
+
+    Attributes:
+        host_ns: of the host, CLOCK_MONOTONIC.
+        guest_ns: of the machine.
+        tsc: of the vCPU.
+    """
+
+    host_ns: int
+    guest_ns: int
+    tsc: int
+
+
+class GuestTime:
+    """Of one machine; touched on its vCPU thread, with the vCPU between two runs. Begins stopped at zero."""
+
+    def __init__(self, clock: MachineClock) -> None:
+        self.clock = clock
+        self.tsc_khz = 0
+        """Rate of the guest's TSC."""
+        self._stopped: Instant | None = None
+        self._catch_up = False
+        self.hold(0, 0)
+
+    @property
+    def stopped(self) -> Instant | None:
+        """The instant at which time stands still; None while it runs."""
+        return self._stopped
+
+    def hold(self, guest_ns: int, tsc: int) -> None:
+        """Stand still at these values: those of a reset or of a restored state."""
+        self.clock.stop()
+        self.clock.set(guest_ns)
+        self._stopped, self._catch_up = Instant(self.clock.host_now(), guest_ns, tsc), False
+
+    def stop(self, vcpu: Vcpu) -> None:
+        """Stand still from now on, to be caught up with at the next start unless `leave_out` is called. Does nothing
+        when it stands still already."""
+        if self._stopped is None:
+            host_ns, tsc = read_tsc(vcpu.read_tsc, self.clock.host_now)
+            self.clock.stop(host_ns)
+            self._stopped, self._catch_up = Instant(host_ns, self.clock.now(), tsc), True
+
+    def leave_out(self) -> None:
+        """The guest does not see the time that passes between the stop and the next start."""
+        self._catch_up = False
+
+    def start(self, vcpu: Vcpu, since_ns: int | None = None) -> int:
+        """Go on; returns the host time at which it does. Does nothing when it runs already.
+
+        Args:
+            since_ns: the time since then, by the host's clock, is added: since when it was stopped on another host. By
+                default since the stop, or nothing after `leave_out` and `hold`.
+        """
+        now, stopped = self.clock.host_now(), self._stopped
+        if stopped is None:
+            return now
+        if since_ns is None:
+            since_ns = stopped.host_ns if self._catch_up else now
+        self.clock.set(stopped.guest_ns + max(0, now - since_ns))
+        self.clock.start(now)
+        self._set(vcpu, lambda at: stopped.tsc + self._ticks(self.clock.at(at) - stopped.guest_ns))
+        self._stopped = None
+        return now
+
+    def hand_over(self, old: Vcpu, new: Vcpu) -> None:
+        """While time runs: `new` counts from where `old` is at the moment."""
+        if self._stopped is None:
+            host_ns, tsc = read_tsc(old.read_tsc, self.clock.host_now)
+            self._set(new, lambda at: tsc + self._ticks(at - host_ns))
+
+    def _ticks(self, ns: int) -> int:
+        return ns * self.tsc_khz // 1_000_000
+
+    def _set(self, vcpu: Vcpu, tsc_at: Callable[[int], int]) -> None:
+        set_tsc(vcpu.write_tsc, vcpu.read_tsc, tsc_at, self.tsc_khz, self.clock.host_now)
+
+
+def read_tsc(read: Callable[[], int], host_now: HostNs) -> tuple[int, int]:
+    """(host time in ns, TSC) of one instant: the tightest of a few attempts, as the scheduler may come in between."""
+    best: tuple[int, int, int] | None = None
+    for _ in range(_READINGS):
+        before = host_now()
+        tsc = read()
+        width = host_now() - before
+        if best is None or width < best[0]:
+            best = (width, before + width // 2, tsc)
+        if width <= _NARROW_NS:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def set_tsc(
+    write: Callable[[int], None], read: Callable[[], int], tsc_at: Callable[[int], int], khz: int, host_now: HostNs
+) -> None:
+    """Make a TSC that counts `khz` show `tsc_at(host_ns)` from now on.
+
+    A written value counts from an unknown instant within the write; so what came of it is read, and written again until
+    it is right. What is wrong by a little is wrong each time, and made up for; what is wrong by much was bad luck.
+    """
+    correction = 0
+    for _ in range(_SETTINGS):
+        write(tsc_at(host_now()) + correction)
+        host_ns, tsc = read_tsc(read, host_now)
+        behind = tsc_at(host_ns) - tsc
+        behind_ns = abs(behind) * 1_000_000 // khz
+        if behind_ns <= _NARROW_NS:
+            return
+        if behind_ns <= _SYSTEMATIC_NS:
+            correction += behind
