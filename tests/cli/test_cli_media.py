@@ -13,6 +13,7 @@ import pytest
 
 from vmf.machine.home import Home
 from vmf.storage.media import parse_size
+from vmf.storage.uri import file_path, file_uri
 
 
 def test_make_attach_show_detach(here: Any, home: Home, tmp_path: Path) -> None:
@@ -46,12 +47,15 @@ def test_make_attach_show_detach(here: Any, home: Home, tmp_path: Path) -> None:
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "gone.img"], 1, "createmedium"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "odd.img"], 1, "is no disk"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "emptydrive"], 2, "never empty"),
-        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "pigeon:x"], 1, "plugin 'pigeon'"),
+        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "pigeon://x"], 1, "plugin 'pigeon'"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "none"], 1, "no drive at port 0"),
         (["storageattach", "web", "--port", "16", "--type", "hdd", "--medium", "old.img"], 2, "--port"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "cow.img"], 1, "is a qcow2 image"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "short-cow.img"], 1, "is a qcow2 image"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "link.img"], 2, "at port 9 already"),
+        (["createmedium", "", "--size", "4M"], 2, "is empty"),
+        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "file:old.img"], 2, "no absolute path"),
+        (["showmediuminfo", "nbd://h/x#1?tls-dir=/x"], 2, "no option 'tls-dir'"),
         (["showmediuminfo", "gone.img"], 1, "there is no image"),
         (["media", "break-lock", "old.img"], 1, "nothing to break"),
     ],
@@ -115,3 +119,25 @@ def test_locks_are_shown_and_only_a_dead_owners_is_broken(here: Any, vmf: Any, t
 def test_sizes() -> None:
     for text, size in (("4G", 4 << 30), ("512m", 512 << 20), ("1.5KiB", 1536), ("1T", 1 << 40), ("1024", 1024)):
         assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["web:1.img", "c:1.img", "a b.img", "a+b.img", "a#1.img", "a?lease=x.img", "a%20b.img", "ä\n.img", "\udcff.img"],
+)
+def test_names_of_files_are_taken_as_they_are(here: Any, home: Home, tmp_path: Path, name: str) -> None:
+    """Made, attached, looked at: each time the file of that name, and no other one."""
+    here("createmedium", name, "--size", "4M")
+    assert [each.name for each in tmp_path.glob("*.img")] == [name]
+    here("createvm", "web", "--memory", 64)
+    here("storageattach", "web", "--port", 0, "--type", "hdd", "--medium", name)
+    medium = home.load("web").drives[0].medium
+    assert file_path(medium) == str(tmp_path / name)
+    shown = json.loads(here("showmediuminfo", medium, "--json").stdout)
+    assert [each["machine"] for each in shown["machines"]] == ["web"]
+    assert (
+        "at port 0 already"
+        in here(
+            "storageattach", "web", "--port", 1, "--type", "hdd", "--medium", file_uri(str(tmp_path / name)), status=2
+        ).stderr
+    )

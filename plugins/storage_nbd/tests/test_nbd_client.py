@@ -11,10 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmf.errors import ConfigError, NotFoundError, StorageError, VmfError
+from vmf.storage.uri import format_options
 from vmf_storage_nbd import protocol as p
 from vmf_storage_nbd.address import parse
 from vmf_storage_nbd.driver import NbdDriver
@@ -299,19 +303,84 @@ def test_tls(tmp_path: Path) -> None:
 
 
 def test_uris() -> None:
-    address = parse("nbd://[::1]:1234/a%20b?lease=x")
-    assert (address.host, address.port, address.export, address.lease) == ("::1", 1234, "a b", "x")
+    address = parse("nbd://[::1]:1234/a%20b?lease=x+y%2B#1")
+    assert (address.host, address.port, address.export, address.lease) == ("::1", 1234, "a b", "x+y+#1")
+    assert address.server == "[::1]:1234"
     assert parse("nbd://storage/web").port == 10809
-    for wrong in (
-        "nbd:x",
-        "nbd://h:x/e",
-        "nbd+unix:///e",
-        "nbd+unix:///e?socket=rel",
-        "nbd://h/e?leese=1",
-        "nbds:///e",
-    ):
-        with pytest.raises(ConfigError):
-            parse(wrong)
+    assert parse("nbd://storage/web#1+2").export == "web#1+2"
+    assert parse("nbd://storage//a/?lease=b?c").export == "/a/"
+    assert parse("nbd://storage//a/?lease=b?c").lease == "b?c"
+    assert parse("nbd://storage").export == ""
+    assert parse("nbd+unix:///w?socket=/run/a%3Fb").socket == "/run/a?b"
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("nbd:x", "no // behind"), ("nbd:/h/x", "no // behind"), ("nbds:///e", "no host"), ("nbd://", "no host"),
+        ("nbd://:10809/e", "no host"), ("nbd://h:x/e", "no TCP port"), ("nbd://h:/e", "no TCP port"),
+        ("nbd://h:0/e", "no TCP port"), ("nbd://h:65536/e", "no TCP port"), ("nbd://h:+80/e", "no TCP port"),
+        ("nbd://h:1:2/e", "no host and port"), ("nbd://::1/e", "brackets"), ("nbd://[::1/e", "brackets"),
+        ("nbd://[h]/e", "no IPv6 address"), ("nbd://[]/e", "no host"), ("nbd://me@h/e", "names a user"),
+        ("nbd+unix:///e", "no socket"), ("nbd+unix:///e?socket=rel", "no socket"),
+        ("nbd+unix://h/e?socket=/s", "stands where a host would"), ("nbd+unix:///e?socket=/s%00", "%00"),
+        ("nbd://h/e?leese=1", "no option 'leese'"), ("nbd://h/e?tls-dir=/x", "no option 'tls-dir'"),
+        ("nbd://h/e?socket=/x", "no option 'socket'"), ("nbds://h/e?socket=/x", "no option 'socket'"),
+        ("nbd://h/e?lease=a&lease=b", "twice"), ("nbd://h/e?lease=a&lease=a", "twice"), ("nbd://h/e?lease", "no value"),
+        ("nbd://h/e?lease=", "no value"), ("nbd://h/e?lease=a&", "no option ''"), ("nbd://h/e?lease=e", "overwrite"),
+        ("nbd://h/%65?lease=e", "overwrite"), ("nbd://h/100%", "%25"), ("nbd://h/%zz", "%25"), ("nbd://h/%ff", "UTF-8"),
+        ("nbd://h/a\nb", "control character"), ("nbd://h/" + 4097 * "x", "4096"),
+    ],
+)  # fmt: skip
+def test_wrong_uris(uri: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(uri)
+    assert said in f"{caught.value.message} {caught.value.remedy}"
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+
+
+@given(export=NAMES, lease=NAMES.filter(bool), socket_=NAMES, port=st.integers(1, 65535))
+def test_what_is_escaped_comes_back(export: str, lease: str, socket_: str, port: int) -> None:
+    if lease == export:
+        lease += "x"
+    options = {"lease": lease, "socket": "/" + socket_}
+    over_unix = parse(f"nbd+unix:///{quote(export, safe='')}{format_options(options)}")
+    assert (over_unix.export, over_unix.lease, over_unix.socket) == (export, lease, "/" + socket_)
+    over_tcp = parse(f"nbd://h:{port}/{quote(export)}{format_options({'lease': lease})}")
+    assert (over_tcp.export, over_tcp.lease, over_tcp.port) == (export, lease, port)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example"])
+def test_a_host_that_no_resolver_takes(driver: NbdDriver, host: str) -> None:
+    with pytest.raises(VmfError, match=r"no host name|cannot be reached"):
+        driver.probe(f"nbd://{host}/web")
+
+
+def test_a_socket_that_is_not_there(driver: NbdDriver, tmp_path: Path) -> None:
+    for path in (tmp_path / "s", tmp_path / ("s" * 200), tmp_path / ("s" * 300)):
+        with pytest.raises(StorageError) as caught:
+            driver.probe(f"nbd+unix:///web?socket={path}")
+        assert str(path) in caught.value.message
+        assert "network" not in caught.value.remedy
+
+
+@needs_qemu
+def test_a_socket_with_a_long_path(driver: NbdDriver, tmp_path: Path) -> None:
+    """The kernel takes 107 bytes in a call; what was made by a shorter name is reached by its long one."""
+    short = tmp_path / "d"
+    short.mkdir()
+    server = Server(short)
+    try:
+        deep = tmp_path.joinpath(*(50 * "x" for _ in range(4)))
+        deep.parent.mkdir(parents=True)
+        short.rename(deep)
+        long = deep / ("s" * 150)
+        (deep / "nbd.sock").rename(long)
+        assert driver.probe(f"nbd+unix:///disk?socket={long}").size == SIZE
+    finally:
+        server.stop()
 
 
 # -- servers that misbehave ----------------------------------------------------------------------------------

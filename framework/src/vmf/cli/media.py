@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,7 @@ def change_medium(name: str, port: int, medium: str) -> None:
 
 def _look(drive: DriveConfig) -> int:
     """The size of the medium. Raises when it cannot be used so."""
-    from vmf.storage.uri import scheme_of
+    from vmf.storage.uri import scheme_of, with_option
 
     if not drive.medium:
         return 0
@@ -183,8 +184,8 @@ def _look(drive: DriveConfig) -> int:
         raise StorageError(
             f"{drive.medium} is a {info.looks_like} image, and files are read as raw images: the guest would see its"
             " bytes instead of the disk in it.",
-            f"Make it raw (`qemu-img convert -O raw`), serve it by NBD, or, if it is meant so, attach"
-            f" 'file:{drive.medium.removeprefix('file:')}?format=raw'.",
+            "Make it raw (`qemu-img convert -O raw`), serve it by NBD, or, if it is meant so, attach "
+            f"{shlex.quote(with_option(drive.medium, 'format', 'raw'))}.",
         )
     return info.size
 
@@ -202,9 +203,9 @@ def _require_once(name: str, drive: DriveConfig, others: Iterable[DriveConfig]) 
 
 def _file_of(medium: str) -> str:
     """The same for two names of one image, as far as that can be seen without looking into it."""
-    from vmf.storage.uri import scheme_of
+    from vmf.storage.uri import file_path, scheme_of
 
-    return os.path.realpath(medium.removeprefix("file:").partition("?")[0]) if scheme_of(medium) == "file" else medium
+    return os.path.realpath(file_path(medium)) if scheme_of(medium) == "file" else medium
 
 
 def _installed(name: str) -> bool:

@@ -1,34 +1,15 @@
-"""Unix sockets in the home directory: private, and with paths of any length.
-
-The kernel takes at most 107 bytes of path (unix(7), sun_path). Longer ones go through a descriptor of the directory:
-`/proc/self/fd/N/control.sock` names the same file and is always short. Nothing changes its working directory.
-"""
+"""Unix sockets in the home directory: private, and with paths of any length (see `vmf.transport.unix`)."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 from vmf.errors import ControlError
-
-SUN_PATH_MAX = 107
-
-
-@contextlib.contextmanager
-def _address(path: Path) -> Iterator[str]:
-    if len(os.fsencode(path)) <= SUN_PATH_MAX:
-        yield str(path)
-        return
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
+from vmf.transport import unix
 
 
 def listen(path: Path, backlog: int = 16) -> socket.socket:
@@ -38,7 +19,7 @@ def listen(path: Path, backlog: int = 16) -> socket.socket:
         path.unlink(missing_ok=True)
         # Before the bind: the file is made with the socket's own mode, so it is never open to others.
         os.fchmod(server.fileno(), 0o600)
-        with _address(path) as address:
+        with unix.to_bind(path) as address:
             server.bind(address)
         server.listen(backlog)
     except OSError as error:
@@ -55,7 +36,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.settimeout(timeout)
     try:
-        with _address(path) as address:
+        with unix.to_connect(path) as address:
             client.connect(address)
     except OSError as error:
         client.close()

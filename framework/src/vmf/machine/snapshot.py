@@ -14,7 +14,6 @@ Going back is for a machine that is switched off. The disks are put back at once
 the note names the lease's generation of each: a start that finds another one refuses.
 """
 
-
 from __future__ import annotations
 
 from vmf.machine.snapshot_restore import restore, resume

@@ -7,6 +7,7 @@ driver's mark (for files a lock on a random byte far behind the end).
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ def _attach(name: str, row: Mapping[str, Any], medium: str) -> str:
     read_only = " --read-only" if row["read_only"] and row["type"] != "dvddrive" else ""
     return (
         f"vmf storageattach {name} --port {row['port']} --type {show(row['type'])}"
-        f" --medium {show(medium) or 'none'}{read_only}"
+        f" --medium {shlex.quote(show(medium) or 'none')}{read_only}"
     )
 
 

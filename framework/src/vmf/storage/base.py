@@ -208,7 +208,8 @@ class StorageDriver(ABC):
         from vmf.errors import StorageError
 
         raise StorageError(
-            f"images of {self.scheme}: cannot be made by vmf ({uri}).", "Make it with the storage server's own tools."
+            f"images of {self.scheme}: cannot be made by vmf ({uri}).",
+            f"Make it with the storage server's own tools; a file of that name is ./{uri}.",
         )
 
     def copy(self, uri: str, target: str, progress: Callable[[int, int], None] | None = None) -> None:

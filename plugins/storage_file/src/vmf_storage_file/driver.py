@@ -16,11 +16,10 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
-from urllib.parse import unquote
 
 from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, ImageMark, LeaseStore, StorageDriver, StorageImage
-from vmf.storage.uri import split_options
+from vmf.storage.uri import file_path, split_options
 from vmf_storage_file import kernel
 from vmf_storage_file.image import FileImage, explain
 from vmf_storage_file.leasefile import SUFFIX, LeaseFile
@@ -194,24 +193,29 @@ class _LockMark(ImageMark):
 
 def _parse(uri: str) -> tuple[str, str]:
     """(path of the image, path of its lease or "")."""
-    if os.path.isabs(uri):
-        return uri, ""
-    base, options = split_options(uri, ("lease", "format"))
+    path = file_path(uri)
+    options = _options(uri)
     if options.get("format", "raw") != "raw":
         raise ConfigError(
             f"medium {uri}: files are read as raw images only.", "For others see `docs/how-to/shared-storage.md`."
         )
-    path = unquote(base.removeprefix("file:"))
-    if path.startswith("//"):
-        path = path.removeprefix("//").removeprefix("localhost")
-    for each in (path, options.get("lease", "/")):
-        if not os.path.isabs(each):
-            raise ConfigError(f"medium {uri}: {each or 'it'} is no absolute path.", "Write file:/the/whole/path.")
-    return path, options.get("lease", "")
+    lease = options.get("lease", "")
+    if lease and not os.path.isabs(lease):
+        raise ConfigError(f"medium {uri}: its lease {lease} is no absolute path.", "Write lease=/the/whole/path.")
+    if lease and os.path.realpath(lease) == os.path.realpath(path):
+        raise ConfigError(
+            f"medium {uri}: the lease would overwrite the beginning of the disk, as both are the same file.",
+            "Name a file for the lease that nothing else uses.",
+        )
+    return path, lease
+
+
+def _options(uri: str) -> dict[str, str]:
+    return {} if os.path.isabs(uri) else split_options(uri, ("lease", "format"))[1]
 
 
 def _declared_raw(uri: str) -> bool:
-    return not os.path.isabs(uri) and "format" in split_options(uri, ("lease", "format"))[1]
+    return "format" in _options(uri)
 
 
 def _looks_like(descriptor: int) -> str:

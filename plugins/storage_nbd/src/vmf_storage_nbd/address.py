@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from attrs import frozen
 
 from vmf import directories
 from vmf.errors import ConfigError, StorageError
-from vmf.storage.uri import split_options
+from vmf.storage.uri import decode, split_options
+from vmf.transport import unix
 from vmf_storage_nbd import protocol as p
 from vmf_storage_nbd.stream import CONNECT_TIMEOUT_S
 
-OPTIONS = ("lease", "socket", "tls-dir", "tls-hostname")
+OPTIONS = {"nbd": ("lease",), "nbds": ("lease", "tls-dir", "tls-hostname"), "nbd+unix": ("lease", "socket")}
+"""By scheme."""
+MAX_NAME = 4096
+"""Bytes of an export's name, in the protocol."""
 
 
 @frozen
@@ -45,52 +51,103 @@ class NbdAddress:
 
     @property
     def server(self) -> str:
-        return self.socket or f"{self.host}:{self.port}"
+        if self.socket:
+            return self.socket
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse(uri: str) -> NbdAddress:
     """Raises ConfigError."""
-    base, options = split_options(uri, OPTIONS)
-    parts = urlsplit(base)
-    try:
-        port = parts.port or p.PORT
-    except ValueError:
-        raise ConfigError(f"medium {uri}: that is no TCP port.", "Write nbd://HOST:PORT/EXPORT.") from None
-    over_unix = parts.scheme == "nbd+unix"
+    scheme = uri.partition(":")[0]
+    over_unix = scheme == "nbd+unix"
+    base, options = split_options(uri, OPTIONS.get(scheme, ()))
+    where = "nbd+unix:///EXPORT?socket=/absolute/path" if over_unix else f"{scheme}://HOST:PORT/EXPORT"
+
+    def wrong(what: str, remedy: str = f"Write {where}.") -> ConfigError:
+        return ConfigError(f"medium {uri}: {what}.", remedy)
+
+    if not base.startswith(f"{scheme}://"):
+        raise wrong(f"there is no // behind {scheme}:")
+    authority, _, path = base[len(scheme) + 3 :].partition("/")
+    host, port = ("", p.PORT) if over_unix else _server(uri, authority, wrong)
+    export = decode(uri, path)
+    for name in (host, export, options.get("lease", "")):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise wrong("its names are not UTF-8, and NBD knows no others") from None
+    if over_unix and authority:
+        raise wrong(f"{authority} stands where a host would, and a Unix socket has none")
     if over_unix and not os.path.isabs(options.get("socket", "")):
-        raise ConfigError(f"medium {uri}: there is no socket.", "Write nbd+unix:///EXPORT?socket=/absolute/path.")
-    if not over_unix and (not parts.hostname or not base.startswith(f"{parts.scheme}://")):
-        raise ConfigError(f"medium {uri}: there is no host.", f"Write {parts.scheme}://HOST:PORT/EXPORT.")
+        raise wrong("there is no socket")
+    if len(export.encode()) > MAX_NAME or len(options.get("lease", "").encode()) > MAX_NAME:
+        raise wrong(f"an export's name has at most {MAX_NAME} bytes")
+    if options.get("lease") == export:
+        raise wrong(
+            "the lease would overwrite the beginning of the disk, as both are the same export",
+            "Name an export for the lease that nothing else uses.",
+        )
     return NbdAddress(
         uri=uri,
-        host=parts.hostname or "",
+        host=host,
         port=port,
-        export=unquote(parts.path.removeprefix("/")),
+        export=export,
         lease=options.get("lease"),
-        socket=options.get("socket", "") if over_unix else "",
-        tls=parts.scheme == "nbds",
+        socket=options.get("socket", ""),
+        tls=scheme == "nbds",
         tls_dir=options.get("tls-dir", ""),
         tls_hostname=options.get("tls-hostname", ""),
     )
 
 
+def _server(uri: str, authority: str, wrong: Callable[..., ConfigError]) -> tuple[str, int]:
+    """Host and port of `HOST`, `HOST:PORT`, `[ADDRESS]` and `[ADDRESS]:PORT`. Raises ConfigError."""
+    found = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([^:]*))?", authority)
+    if found is None:
+        raise wrong(f"{authority} is no host and port", "Write an IPv6 address in brackets: nbd://[::1]:10809/EXPORT.")
+    host = decode(uri, found[1] or found[2] or "")
+    if not host:
+        raise wrong("there is no host")
+    if "@" in host:
+        raise wrong(f"{host} names a user, and NBD knows none")
+    if found[1] is not None and not _is_ipv6(host):
+        raise wrong(f"[{host}] is no IPv6 address")
+    text = found[3]
+    if text is None:
+        return host, p.PORT
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 1 << 16:
+        raise wrong(f"{text!r} is no TCP port")
+    return host, int(text)
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
+
+
 def connect(address: NbdAddress) -> socket.socket:
     """A connection to the server. Raises StorageError."""
+    remedy = "Look whether it runs there, and whether the network lets us through."
     try:
         if address.socket:
+            remedy = "Look whether the server runs on this host, with its socket at that path, and who may use it."
             made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             made.settimeout(CONNECT_TIMEOUT_S)
             try:
-                made.connect(address.socket)
+                with unix.to_connect(address.socket) as path:
+                    made.connect(path)
             except BaseException:
                 made.close()
                 raise
             return made
         return socket.create_connection((address.host, address.port), CONNECT_TIMEOUT_S)
+    except UnicodeError:
+        raise ConfigError(f"medium {address.uri}: {address.host} is no host name.", "Check its spelling.") from None
     except OSError as error:
         raise StorageError(
-            f"the NBD server {address.server} cannot be reached: {error.strerror or error}.",
-            "Look whether it runs there, and whether the network lets us through.",
+            f"the NBD server {address.server} cannot be reached: {error.strerror or error}.", remedy
         ) from error
 
 
