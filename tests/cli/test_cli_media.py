@@ -53,7 +53,7 @@ def test_make_attach_show_detach(here: Any, home: Home, tmp_path: Path) -> None:
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "cow.img"], 1, "is a qcow2 image"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "short-cow.img"], 1, "is a qcow2 image"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "link.img"], 2, "at port 9 already"),
-        (["createmedium", "", "--size", "4M"], 2, "is empty"),
+        (["createmedium", "", "--size", "4M"], 2, "is no medium"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "file:old.img"], 2, "no absolute path"),
         (["showmediuminfo", "nbd://h/x#1?tls-dir=/x"], 2, "no option 'tls-dir'"),
         (["showmediuminfo", "gone.img"], 1, "there is no image"),

@@ -33,10 +33,10 @@ def absolute(medium: str) -> str:
 
     A URI is what begins with the scheme of an installed storage plugin, or with `scheme://`. All else is a path:
     `web:1.img` is a file. A path that no text can hold (it is not UTF-8, or has control characters) becomes a URI.
-    Raises ConfigError for an empty text.
+    Raises ConfigError for what cannot be one.
     """
-    if not medium:
-        raise ConfigError("the medium's name is empty.", "Write a path or a URI.")
+    if not medium or "\0" in medium:
+        raise ConfigError(f"{medium!r} is no medium: nothing has such a name.", "Write a path or a URI.")
     found = _SCHEME.match(medium)
     if found is not None and (medium.startswith("//", found.end()) or _is_installed(found[1].lower())):
         return found[1].lower() + medium[found.end(1) :]
