@@ -8,7 +8,7 @@
  *  - Exceptions. Unicorn reports them to a hook instead of delivering them. The hook here calls the engine's own
  *    delivery, which may fault again (stack not present, bad gate) and then leaves by longjmp to the engine's loop,
  *    over our frame. That is why it is C: a longjmp over a Python frame is a crash.
- *  - SYSCALL, which the engine leaves undefined.
+ *  - SYSCALL and SYSENTER, which the engine leaves undefined.
  *  - Port access rights (CPL against IOPL and the TSS bitmap), which the engine does not check.
  *
  * Interrupts use the engine's virtual-interrupt request: its bit is set while the controller asserts INTR, and the

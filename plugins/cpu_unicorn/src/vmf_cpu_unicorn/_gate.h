@@ -57,7 +57,9 @@ typedef struct {
     uint64_t fn_check_iob, fn_check_iow, fn_check_iol, fn_raise_exception_err, fn_cpu_loop_exit;
     uint64_t interrupt_request, icount_decr, halted; /* addresses */
     uint64_t eip, eflags, cc_src, cc_op, df, hflags, hflags2, segs, cr, efer, star, lstar, cstar, fmask; /* offsets in env */
+    uint64_t sysenter_cs, sysenter_esp, sysenter_eip;
     uint64_t exception_is_int, exception_next_eip, old_exception, vm_vmcb, vector_page;
+    uint64_t amd; /* the contract's vendor is AMD's kind: which of SYSCALL and SYSENTER exists outside 64-bit mode */
 } Config;
 
 typedef struct {
@@ -104,7 +106,7 @@ struct Gate {
 #define REG(g, n) (((uint64_t *)(g)->env)[n])
 #define REQUEST(g) (*(volatile uint32_t *)(uintptr_t)(g)->c.interrupt_request)
 
-enum { RAX, RCX, RDX, RBX, R11 = 11 };
+enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 enum { SEG_CS = 1, SEG_SS = 2 };
 
 static inline int64_t now_ns(void)

@@ -1,4 +1,4 @@
-/* What the engine calls: exceptions, SYSCALL, ports, CPUID, MMIO and the INTA cycle. See the top of _gate.c.
+/* What the engine calls: exceptions, SYSCALL and SYSENTER, ports, CPUID, MMIO and the INTA cycle. See the top of _gate.c.
  *
  * Called without the GIL on the vCPU thread, from translated code. What may leave by longjmp (`engine_raise`, the
  * engine's own delivery and checks) must hold nothing of ours: no lock, no reference, not the GIL.
@@ -121,24 +121,31 @@ static void load_segment(Gate *g, int which, uint32_t selector, uint32_t flags)
     *(uint32_t *)(segment + 20) = flags;
 }
 
+/* Length of the two-byte instruction (0F ..) at RIP with its prefixes: what the engine adds to RIP after the hook. */
+static uint64_t two_byte_length(Gate *g)
+{
+    bool wide = ENV32(g, hflags) & HF_CS64;
+    uint64_t base = wide ? 0 : *(uint64_t *)(g->env + g->c.segs + 24 * SEG_CS + 8);
+    for (unsigned i = 0; i < 14; i++) {
+        uint64_t address = base + ENV64(g, eip) + i;
+        uint32_t byte = ((uint32_t (*)(void *, uint64_t))(uintptr_t)g->c.fn_ldub_code)(
+            g->env, wide ? address : (uint32_t)address);
+        if ((byte & 0xff) == 0x0f)
+            return i + 2;
+    }
+    return 2;
+}
+
 static void on_syscall(void *uc, void *user)
 {
-    /* AMD APM vol. 3, SYSCALL. RIP is at the instruction; the engine adds the instruction's length afterwards. */
+    /* AMD APM vol. 3, SYSCALL; outside 64-bit mode Intel's processors do not have it (SDM vol. 2). RIP is at the
+     * instruction; the engine adds the instruction's length afterwards. */
     Gate *g = user;
     (void)uc;
-    if (!(ENV64(g, efer) & 1))
-        engine_raise(g, VECTOR_UD, 0);
     uint32_t hflags = ENV32(g, hflags);
-    uint64_t base = hflags & HF_CS64 ? 0 : *(uint64_t *)(g->env + g->c.segs + 24 * SEG_CS + 8);
-    uint64_t length = 2;
-    for (unsigned i = 0; i < 14; i++) { /* prefixes may stand before 0F 05 */
-        uint32_t byte = ((uint32_t (*)(void *, uint64_t))(uintptr_t)g->c.fn_ldub_code)(
-            g->env, base + ENV64(g, eip) + i);
-        if ((byte & 0xff) == 0x0f) {
-            length = i + 2;
-            break;
-        }
-    }
+    if (!(ENV64(g, efer) & 1) || !(g->c.amd || (hflags & HF_CS64)))
+        engine_raise(g, VECTOR_UD, 0);
+    uint64_t length = two_byte_length(g);
     uint32_t selector = (uint32_t)(ENV64(g, star) >> 32) & 0xfffc;
     uint32_t flags = engine_flags(g);
     uint64_t target;
@@ -161,6 +168,28 @@ static void on_syscall(void *uc, void *user)
     ENV32(g, df) = flags & FLAG_DF ? (uint32_t)-1 : 1;
     engine_update_hflags(g);
     ENV64(g, eip) = target - length;
+}
+
+static void on_sysenter(void *uc, void *user)
+{
+    /* SDM vol. 2, SYSENTER; AMD's processors do not have it in long mode (APM vol. 3). The arithmetic flags are not
+     * touched: the block that calls this writes its own view of them afterwards. */
+    Gate *g = user;
+    (void)uc;
+    bool wide = ENV32(g, hflags) & HF_LMA;
+    if (g->c.amd && wide)
+        engine_raise(g, VECTOR_UD, 0);
+    uint32_t selector = ENV32(g, sysenter_cs) & 0xfffc;
+    if (!selector)
+        engine_raise(g, VECTOR_GP, 0);
+    uint64_t length = two_byte_length(g);
+    ENV64(g, eflags) &= ~(uint64_t)(FLAG_VM | FLAG_IF | FLAG_RF);
+    load_segment(g, SEG_CS, selector,
+                 DESC_G | DESC_P | DESC_S | DESC_CODE | DESC_RW | DESC_A | (wide ? DESC_L : DESC_B));
+    load_segment(g, SEG_SS, selector + 8, DESC_G | DESC_B | DESC_P | DESC_S | DESC_RW | DESC_A);
+    engine_update_hflags(g);
+    REG(g, RSP) = wide ? ENV64(g, sysenter_esp) : (uint32_t)ENV64(g, sysenter_esp);
+    ENV64(g, eip) = (wide ? ENV64(g, sysenter_eip) : (uint32_t)ENV64(g, sysenter_eip)) - length;
 }
 
 /* #GP unless this access is allowed. May longjmp: nothing of ours may be held. */
@@ -274,10 +303,11 @@ static void on_vector_write(void *uc, uint64_t offset, unsigned size, uint64_t v
 PyObject *hooks_addresses(Gate *g)
 {
     return Py_BuildValue(
-        "{sKsKsKsKsKsKsKsKsKsKsK}",
+        "{sKsKsKsKsKsKsKsKsKsKsKsK}",
         "exception", (unsigned long long)(uintptr_t)on_exception,
         "invalid", (unsigned long long)(uintptr_t)on_invalid_instruction,
         "syscall", (unsigned long long)(uintptr_t)on_syscall,
+        "sysenter", (unsigned long long)(uintptr_t)on_sysenter,
         "in", (unsigned long long)(uintptr_t)on_in,
         "out", (unsigned long long)(uintptr_t)on_out,
         "cpuid", (unsigned long long)(uintptr_t)on_cpuid,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import cast
 
+from vmf.cpuid.layout import AMD_VENDORS
 from vmf.cpuid.table import CpuidTable
 from vmf_cpu_unicorn import _gate
 from vmf_cpu_unicorn import layout as at
@@ -42,8 +43,9 @@ def make_native_gate(engine: Engine, cpu: int, cpuid: CpuidTable, handlers: Hand
         address["raise_exception_err"], address["cpu_loop_exit"],
         cpu + at.CPU_INTERRUPT_REQUEST, at.read_pointer(cpu + at.CPU_ICOUNT_DECR_PTR), cpu + at.CPU_HALTED,
         at.EIP, at.EFLAGS, at.CC_SRC, at.CC_OP, at.DF, at.HFLAGS, at.HFLAGS2, at.SEGS, at.CR, at.EFER,
-        at.STAR, at.LSTAR, at.CSTAR, at.FMASK,
+        at.STAR, at.LSTAR, at.CSTAR, at.FMASK, at.SYSENTER_CS, at.SYSENTER_ESP, at.SYSENTER_EIP,
         at.EXCEPTION_IS_INT, at.EXCEPTION_NEXT_EIP, at.OLD_EXCEPTION, at.VM_VMCB, vector_page,
+        cpuid.vendor in AMD_VENDORS,
     )  # fmt: skip
     packed = struct.pack(f"<{len(config)}Q", *config)
     assert len(packed) == _gate.CONFIG_SIZE, "gate_native.py and _gate.c disagree about Config"

@@ -1,7 +1,7 @@
 """The gate without a compiler: thunks.py where native code is indispensable, ctypes callbacks for the rest.
 
 The theory of operation is that of _gate.c, which see; this is the same design with the pacer as a Python thread and
-SYSCALL in Python. The engine runs without the GIL (ctypes releases it), so that the pacer can end a slice.
+SYSCALL and SYSENTER in Python. The engine runs without the GIL (ctypes releases it), so that the pacer can end a slice.
 
 A callback must let no exception out: ctypes would print and forget it. The first one is kept, the slice is stopped,
 and `run` reports it.
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from ctypes import c_int, c_int32, c_uint, c_uint16, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+from vmf.cpuid.layout import AMD_VENDORS
 from vmf.cpuid.table import CpuidTable
 from vmf_cpu_unicorn import gates, thunks
 from vmf_cpu_unicorn import layout as at
@@ -70,6 +71,9 @@ class _Field:
         self.star = c_uint64.from_address(env + at.STAR)
         self.lstar = c_uint64.from_address(env + at.LSTAR)
         self.cstar = c_uint64.from_address(env + at.CSTAR)
+        self.sysenter_cs = c_uint32.from_address(env + at.SYSENTER_CS)
+        self.sysenter_esp = c_uint64.from_address(env + at.SYSENTER_ESP)
+        self.sysenter_eip = c_uint64.from_address(env + at.SYSENTER_EIP)
         self.fmask = c_uint64.from_address(env + at.FMASK)
         self.cr4 = c_uint64.from_address(env + at.CR + 32)
         self.old_exception = c_int32.from_address(env + at.OLD_EXCEPTION)
@@ -107,6 +111,7 @@ class PythonGate:
             "in": _IN(self._on_in),
             "out": _OUT(self._on_out),
             "syscall": _SYSCALL(self._on_syscall),
+            "sysenter": _SYSCALL(self._on_sysenter),
             "cpuid": _CPUID(self._on_cpuid),
             "mmio_read": _MMIO_READ(self._on_mmio_read),
             "mmio_write": _MMIO_WRITE(self._on_mmio_write),
@@ -125,6 +130,8 @@ class PythonGate:
             thunks.PY_IN: _address(self._callbacks["in"]),
             thunks.PY_OUT: _address(self._callbacks["out"]),
             thunks.PY_SYSCALL: _address(self._callbacks["syscall"]),
+            thunks.PY_SYSENTER: _address(self._callbacks["sysenter"]),
+            thunks.AMD: int(cpuid.vendor in AMD_VENDORS),
             thunks.PY_VECTOR: _address(self._callbacks["vector_read"]),
             thunks.REQUEST_ADDRESS: cpu + at.CPU_INTERRUPT_REQUEST,
         }
@@ -149,7 +156,7 @@ class PythonGate:
     def hooks(self) -> Mapping[str, int]:
         native = thunks.page().address
         own = {name: _address(callback) for name, callback in self._callbacks.items()}
-        for name in ("exception", "invalid", "syscall", "in", "out", "vector_read"):
+        for name in ("exception", "invalid", "syscall", "sysenter", "in", "out", "vector_read"):
             own[name] = native(name)
         return {**own, "user": ctypes.addressof(self._block)}
 
@@ -241,17 +248,40 @@ class PythonGate:
         c_uint32.from_address(base + 16).value = 0xFFFF_FFFF
         c_uint32.from_address(base + 20).value = flags
 
+    def _two_byte_length(self) -> int:
+        """Length of the instruction 0F .. at RIP with its prefixes."""
+        wide, rip = self._at.hflags.value & _HF_CS64, self._at.eip.value
+        base = 0 if wide else at.read_pointer(self._env + at.SEGS + at.SEGMENT_SIZE + 8)
+        for i in range(14):
+            address = base + rip + i & (_U64 if wide else 0xFFFF_FFFF)
+            if self._quick.cpu_ldub_code_x86_64(self._env, address) & 0xFF == 0x0F:
+                return i + 2
+        return 2
+
+    def _on_sysenter(self, _uc: int, _user: int) -> None:
+        """SDM vol. 2, SYSENTER; the arithmetic flags are left as they are, see on_sysenter in _gate_hooks.c."""
+        try:
+            env = self._at
+            wide = env.hflags.value & _HF_LMA
+            mask = _U64 if wide else 0xFFFF_FFFF
+            length = self._two_byte_length()
+            selector = env.sysenter_cs.value & 0xFFFC
+            env.eflags.value &= ~(FLAG_IF | _FLAG_RF | _FLAG_VM)
+            self._load_segment(1, selector, _CODE64_FLAGS if wide else _CODE32_FLAGS)
+            self._load_segment(2, selector + 8, _DATA_FLAGS)
+            self._quick.x86_update_hflags_x86_64(self._env)
+            env.hflags.value &= ~at.HF_COPIES
+            env.regs[4] = env.sysenter_esp.value & mask
+            env.eip.value = (env.sysenter_eip.value & mask) - length & _U64
+        except BaseException as error:
+            self._keep(error)
+
     def _on_syscall(self, _uc: int, _user: int) -> None:
         """AMD APM vol. 3, SYSCALL; the engine adds the instruction's length to RIP afterwards."""
         try:
             env, quick = self._at, self._quick
             hflags, rip = env.hflags.value, env.eip.value
-            base = 0 if hflags & _HF_CS64 else at.read_pointer(self._env + at.SEGS + at.SEGMENT_SIZE + 8)
-            length = 2
-            for i in range(14):
-                if quick.cpu_ldub_code_x86_64(self._env, base + rip + i) & 0xFF == 0x0F:
-                    length = i + 2
-                    break
+            length = self._two_byte_length()
             flags = env.eflags.value | quick.cpu_cc_compute_all_x86_64(self._env, env.cc_op.value)
             flags |= env.df.value & FLAG_DF
             selector = env.star.value >> 32 & 0xFFFC

@@ -41,7 +41,7 @@ class Gate(Protocol):
     """Everything here on the vCPU thread, except `kick`."""
 
     def hooks(self) -> Mapping[str, int]:
-        """Addresses of the callbacks for the engine: exception, invalid, syscall, in, out, cpuid, mmio_read,
+        """Addresses of the callbacks for the engine: exception, invalid, syscall, sysenter, in, out, cpuid, mmio_read,
         mmio_write, vector_read, vector_write; and `user`, the pointer to pass to them."""
 
     def mmio_window(self, base: int, /) -> int:

@@ -21,9 +21,14 @@ from vmf_cpu_unicorn import layout as at
 CPU, ENV, DO_INTERRUPT, RAISE_EXCEPTION, CHECK_B, CHECK_W, CHECK_L = range(0, 56, 8)
 PY_IN, PY_OUT, PY_SYSCALL, PY_VECTOR = range(56, 88, 8)
 EXCEPTION, EXCEPTION_CODE, SAVED_IF, SAVED_INHIBIT, REQUEST_ADDRESS, REQUEST_AFTER = range(88, 136, 8)
-BLOCK_SIZE = 136
+PY_SYSENTER, AMD = range(136, 152, 8)
+BLOCK_SIZE = 152
 
 _VECTOR_UD = 6
+_VECTOR_GP = 13
+_HF_LMA = 1 << 14
+_HF_CS64 = 1 << 15
+_SELECTOR = 0xFFFC
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11 = range(12)
 _JB_FAMILY = {"jz": 0x84, "jnz": 0x85, "jbe": 0x86, "ja": 0x87, "js": 0x88}
@@ -208,17 +213,36 @@ def assemble() -> Assembler:
     asm.move_immediate(RAX, 1)
     asm.add_immediate(RSP, 8, wide=True)
     asm.ret()
-    # syscall(uc, user): #UD without EFER.SCE
+    # syscall(uc, user): #UD without EFER.SCE, and outside 64-bit mode unless the processor is AMD's
     asm.label("syscall")
     asm.load(RAX, RSI, ENV)
     asm.test_memory(RAX, at.EFER, 1)
     asm.jump("undefined", "jz")
+    asm.test_memory(RSI, AMD, 1)
+    asm.jump("syscall_go", "jnz")
+    asm.test_memory(RAX, at.HFLAGS, _HF_CS64)
+    asm.jump("undefined", "jz")
+    asm.label("syscall_go")
     asm.jump_memory(RSI, PY_SYSCALL)
+    # sysenter(uc, user): #UD on AMD's processor in long mode, #GP without a code segment
+    asm.label("sysenter")
+    asm.load(RAX, RSI, ENV)
+    asm.test_memory(RSI, AMD, 1)
+    asm.jump("sysenter_go", "jz")
+    asm.test_memory(RAX, at.HFLAGS, _HF_LMA)
+    asm.jump("undefined", "jnz")
+    asm.label("sysenter_go")
+    asm.move_immediate(RDX, _VECTOR_GP)
+    asm.test_memory(RAX, at.SYSENTER_CS, _SELECTOR)
+    asm.jump("raise", "jz")
+    asm.jump_memory(RSI, PY_SYSENTER)
     asm.label("undefined")
+    asm.move_immediate(RDX, _VECTOR_UD)
+    asm.label("raise")
     asm.sub_immediate(RSP, 8, wide=True)
     asm.move(RDI, RAX)
     asm.move(RAX, RSI)
-    asm.move_immediate(RSI, _VECTOR_UD)
+    asm.move(RSI, RDX)
     asm.move_immediate(RDX, 0)
     asm.call_memory(RAX, RAISE_EXCEPTION)
     _port(asm, "in", RCX, PY_IN)

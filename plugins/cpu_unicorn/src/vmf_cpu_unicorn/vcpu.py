@@ -37,6 +37,7 @@ from vmf_cpu_unicorn.engine import (
     INSN_IN,
     INSN_OUT,
     INSN_SYSCALL,
+    INSN_SYSENTER,
     Engine,
     Library,
 )
@@ -134,6 +135,7 @@ class UnicornVcpu(Vcpu):
         engine.hook(HOOK_INTR, hooks["exception"], user)
         engine.hook(HOOK_INSN_INVALID, hooks["invalid"], user)
         engine.hook(HOOK_INSN, hooks["syscall"], user, INSN_SYSCALL)
+        engine.hook(HOOK_INSN, hooks["sysenter"], user, INSN_SYSENTER)
         engine.hook(HOOK_INSN, hooks["in"], user, INSN_IN)
         engine.hook(HOOK_INSN, hooks["out"], user, INSN_OUT)
         engine.hook(HOOK_INSN, hooks["cpuid"], user, INSN_CPUID)
