@@ -34,6 +34,17 @@ def shell() -> MachineConfig:
     return linux_machine(guest)
 
 
+@pytest.fixture
+def entry32() -> MachineConfig:
+    """A machine with Debian's kernel and the 32-bit program, which prints "entry32 N" some 50 times a second."""
+    try:
+        program = guests.entry32().require().read_bytes()
+        guest = guests.linux_guest("/bin/entry32 100000 20", {"bin/entry32": program})
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return linux_machine(guest)
+
+
 def linux_machine(guest: guests.LinuxGuest) -> MachineConfig:
     return MachineConfig(
         name="box",

@@ -64,6 +64,7 @@ _EXECUTED: dict[str, tuple[str, dict[str, Any], dict[str, int | None]]] = {
 
 _SHOWN_BY = {
     "pse36": "test_pse36",
+    "sep": "test_sep",
     "smep": "test_smep",
     "syscall": "test_syscall_and_long_mode",
     "lm": "test_syscall_and_long_mode",
@@ -225,6 +226,15 @@ def test_feature(machine: Bench, feature: str) -> None:
             assert found.registers[name] == value, name
 
 
+def test_sep(bench: Bench) -> None:
+    # ecx = SYSENTER_CS, _ESP, _EIP in turn: 8, 0x1f000, the hlt that follows the ud2; sysenter; ud2; hlt
+    program = "31d2 b974010000 b808000000 0f30 ffc1 b800f00100 0f30 ffc1 b8{:08x} 0f30 0f34 0f0b f4"
+    raw = program.format(int.from_bytes((CODE + 36).to_bytes(4, "little")))
+    assert bench.execute(bytes.fromhex(raw), bench.state()).reason is ExitReason.HALTED
+    assert bench.records() == []
+    assert bench.vcpu.save().rip == CODE + 37
+
+
 def test_pse36(machine: Bench) -> None:
     """A 4 MiB page in 32-bit paging that lies above 4 GiB: an access to it arrives at the bus with that address."""
     seen: list[int] = []
@@ -294,7 +304,6 @@ def test_smep(machine: Bench) -> None:
     [
         (1, "edx", 7, "MCE"),
         (1, "edx", 9, "APIC"),
-        (1, "edx", 11, "SEP"),
         (1, "edx", 12, "MTRR"),
         (1, "edx", 14, "MCA"),
         (1, "ecx", 3, "MONITOR"),

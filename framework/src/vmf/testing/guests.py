@@ -44,6 +44,9 @@ CMDLINE = "console=ttyS0 tsc=reliable mitigations=off cryptomgr.notests"
 _HERE = Path(__file__).parent / "guest"
 _APT_SECONDS = 300
 _COMPILE = ("-O2", "-static", "-std=gnu11", "-Wall", "-Wextra", "-fno-fast-math", "-ffp-contract=off")
+_LIBRARIES = ("-lm",)
+_COMPILE_32 = ("-m32", "-nostdlib", "-ffreestanding", "-fno-pic", "-no-pie", "-fno-stack-protector", *_COMPILE[:5])
+"""Needs no 32-bit C library: one program of ours does without."""
 
 
 @frozen
@@ -276,14 +279,24 @@ def selfcheck() -> Found:
 
 def compiled(program: str, folder: Path = _HERE) -> Found:
     """One of the C programs in `guest/` (or in another tree's), compiled statically, again when it changes."""
+    return _compiled(program, folder, _COMPILE, _LIBRARIES)
+
+
+@functools.cache
+def entry32() -> Found:
+    """The 32-bit program (`guest/entry32.c`) that enters the kernel in every way, compiled without a C library."""
+    return _compiled("entry32", _HERE, _COMPILE_32, ())
+
+
+def _compiled(program: str, folder: Path, options: tuple[str, ...], libraries: tuple[str, ...]) -> Found:
     source = folder / f"{program}.c"
-    digest = hashlib.sha256(source.read_bytes() + " ".join(_COMPILE).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(source.read_bytes() + " ".join(options).encode()).hexdigest()[:16]
     try:
         with locked(f"{program}-{digest}") as target:
             if not target.is_file():
                 with tempfile.TemporaryDirectory(prefix="vmf-cc-") as work:
                     built = Path(work) / program
-                    run(["gcc", *_COMPILE, "-o", str(built), str(source), "-lm"], Path(work))
+                    run(["gcc", *options, "-o", str(built), str(source), *libraries], Path(work))
                     place(target, built.read_bytes())
             return Found(target)
     except Unavailable as error:

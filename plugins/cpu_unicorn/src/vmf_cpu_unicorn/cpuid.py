@@ -6,8 +6,7 @@ processor of exactly this level. Linux draws from it that the TSC's rate is in l
 only), that this TSC needs no watchdog, and that the page tables need no Meltdown isolation, which an emulator does not
 need either. As an AMD CPU it must be told the rate on its command line (vmf's default one does).
 
-Not presented, because the engine or vmf does not have it: APIC, SEP (SYSENTER would work, Linux prefers SYSCALL),
-XSAVE and AVX, MTRR, MCE/MCA, PCID, MONITOR, hypervisor leaves; SMAP, because each STAC/CLAC would cost a translated
+Not presented, because the engine or vmf does not have it: APIC, XSAVE and AVX, MTRR, MCE/MCA, PCID, MONITOR, hypervisor leaves; SMAP, because each STAC/CLAC would cost a translated
 block; ERMS, because `rep movsb` is slower here than `rep movsq`. Every bit that is presented is executed by
 tests/test_unicorn_instructions.py.
 """
@@ -22,7 +21,7 @@ FAMILY_MODEL_STEPPING = 0x000506C9
 LINEAR_ADDRESS_BITS = 48
 
 FEATURES_1_EDX = {
-    "fpu": 0, "vme": 1, "de": 2, "pse": 3, "tsc": 4, "msr": 5, "pae": 6, "cx8": 8, "pge": 13, "cmov": 15,
+    "fpu": 0, "vme": 1, "de": 2, "pse": 3, "tsc": 4, "msr": 5, "pae": 6, "cx8": 8, "sep": 11, "pge": 13, "cmov": 15,
     "pat": 16, "pse36": 17, "clflush": 19, "mmx": 23, "fxsr": 24, "sse": 25, "sse2": 26,
 }  # fmt: skip
 FEATURES_1_ECX = {

@@ -22,6 +22,9 @@ from vmf.cpu.state import (
     AR_S,
     GENERAL_REGISTERS,
     MSR_FMASK,
+    MSR_IA32_SYSENTER_CS,
+    MSR_IA32_SYSENTER_EIP,
+    MSR_IA32_SYSENTER_ESP,
     MSR_LSTAR,
     MSR_STAR,
     DescriptorTable,
@@ -236,6 +239,7 @@ class Trial:
             ("exceptions are not delivered", self._exceptions),
             ("a software interrupt is not delivered", self._software_interrupt),
             ("SYSCALL and SYSRET do not work", self._syscall),
+            ("SYSENTER does not work", self._sysenter),
             ("interrupts are not delivered", self._interrupt),
             ("execution cannot be stopped from outside", self._stop),
         )
@@ -281,6 +285,18 @@ class Trial:
             and state.rflags == 0x003
             and state.segments["cs"].selector == KERNEL_CS
             and state.segments["ss"].selector == KERNEL_SS
+        )
+
+    def _sysenter(self) -> bool:
+        bench = self._bench
+        state = bench.state(user=True, rflags=0x202)
+        msrs = {MSR_IA32_SYSENTER_CS: KERNEL_CS, MSR_IA32_SYSENTER_ESP: STACK, MSR_IA32_SYSENTER_EIP: SYSCALL_ENTRY}
+        result = bench.execute(bytes.fromhex("0f34"), evolve(state, msrs={**state.msrs, **msrs}))
+        found = bench.vcpu.save()
+        return (
+            result.reason is ExitReason.HALTED
+            and (found.rip, found.rflags, found.registers["rsp"]) == (SYSCALL_ENTRY + 1, 2, STACK)
+            and (found.segments["cs"].selector, found.segments["ss"].selector) == (KERNEL_CS, KERNEL_SS)
         )
 
     def _interrupt(self) -> bool:
