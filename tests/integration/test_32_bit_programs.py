@@ -1,5 +1,5 @@
-"""32-bit programs in a 64-bit Linux guest: SYSENTER on an Intel CPU, SYSCALL on an AMD one, INT 0x80 on both, before and
-after teleports and with each of the Unicorn backend's gates."""
+"""32-bit programs in a 64-bit Linux guest: SYSENTER on an Intel CPU, SYSCALL on an AMD one, INT 0x80 on both, before
+and after teleports and with each of the Unicorn backend's gates."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ processor of exactly this level. Linux draws from it that the TSC's rate is in l
 only), that this TSC needs no watchdog, and that the page tables need no Meltdown isolation, which an emulator does not
 need either. As an AMD CPU it must be told the rate on its command line (vmf's default one does).
 
-Not presented, because the engine or vmf does not have it: APIC, XSAVE and AVX, MTRR, MCE/MCA, PCID, MONITOR, hypervisor leaves; SMAP, because each STAC/CLAC would cost a translated
-block; ERMS, because `rep movsb` is slower here than `rep movsq`. Every bit that is presented is executed by
-tests/test_unicorn_instructions.py.
+Not presented, because the engine or vmf does not have it: APIC, XSAVE and AVX, MTRR, MCE/MCA, PCID, MONITOR, hypervisor
+leaves; SMAP, because each STAC/CLAC would cost a translated block; ERMS, because `rep movsb` is slower here than
+`rep movsq`. Every bit that is presented is executed by tests/test_unicorn_instructions.py.
 """
 
 from __future__ import annotations
