@@ -29,7 +29,8 @@ def test_another_version_of_a_device_is_refused_before_anything_moves() -> None:
         source.start()
         address = target.listen("127.0.0.1", 0)
         device = next(device for device in target.hardware.devices if device.kind == "pc.uart16550")
-        device.VERSION = device.VERSION + 1
+        here = device.VERSION
+        device.VERSION = here + 1
 
         def wait() -> None:
             with pytest.raises(vmf.VmfError):
@@ -39,7 +40,7 @@ def test_another_version_of_a_device_is_refused_before_anything_moves() -> None:
         thread.start()
         blockers = source.check_teleport(address.host, address.port)
         assert [(each.field, each.source, each.target) for each in blockers] == [
-            ("state of pc.uart16550", "version 1", "version 2")
+            ("state of pc.uart16550", f"version {here}", f"version {here + 1}")
         ]
         with pytest.raises(TeleportBlocked, match="uart16550"):
             source.teleport(address.host, address.port)

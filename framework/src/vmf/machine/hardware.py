@@ -36,7 +36,7 @@ VCPU_KIND = "vmf.vcpu"
 CLOCK_KIND = "vmf.clock"
 CONSOLE_KIND = "vmf.console"
 
-CONSOLE_RETRY_NS = 1_000_000
+CONSOLE_RETRY_NS = 10_000_000
 """How soon input that the serial port had no room for is offered again."""
 STATE_ATTEMPTS = 4
 STATE_PAUSE_S = 0.005
