@@ -50,7 +50,7 @@ def test_make_attach_show_detach(here: Any, home: Home, tmp_path: Path) -> None:
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "pigeon://x"], 1, "plugin 'pigeon'"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "none"], 1, "no drive at port 0"),
         (["storageattach", "web", "--port", "16", "--type", "hdd", "--medium", "old.img"], 2, "--port"),
-        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "cow.img"], 1, "is a qcow2 image"),
+        (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "cow.img"], 1, "like a qcow2 image"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "short-cow.img"], 1, "is a qcow2 image"),
         (["storageattach", "web", "--port", "0", "--type", "hdd", "--medium", "link.img"], 2, "at port 9 already"),
         (["createmedium", "", "--size", "4M"], 2, "is no medium"),
@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(here: Any, tmp_path: Path, arguments: list[str], 
 def test_what_is_meant_so_can_be_done(here: Any, tmp_path: Path) -> None:
     cow = tmp_path / "cow.img"
     cow.write_bytes(b"QFI\xfb".ljust(4096))
-    assert "begins as a qcow2" in here("showmediuminfo", str(cow)).stdout
+    assert "looks like a qcow2" in here("showmediuminfo", str(cow)).stdout
     here("createvm", "web", "--memory", 64)
     attach = ("storageattach", "web", "--type", "hdd", "--medium", f"file:{cow}?format=raw", "--port")
     here(*attach, 0, "--read-only")

@@ -328,7 +328,8 @@ def test_uris() -> None:
         ("nbd://h/e?socket=/x", "no option 'socket'"), ("nbds://h/e?socket=/x", "no option 'socket'"),
         ("nbd://h/e?lease=a&lease=b", "twice"), ("nbd://h/e?lease=a&lease=a", "twice"), ("nbd://h/e?lease", "no value"),
         ("nbd://h/e?lease=", "no value"), ("nbd://h/e?lease=a&", "no option ''"), ("nbd://h/e?lease=e", "overwrite"),
-        ("nbd://h/%65?lease=e", "overwrite"), ("nbd://h/100%", "%25"), ("nbd://h/%zz", "%25"), ("nbd://h/%ff", "UTF-8"),
+        ("nbd://h/%65?lease=e", "overwrite"),
+        ("nbd://h/e?format=qcow2", "is a raw disk"), ("nbd://h/100%", "%25"), ("nbd://h/%zz", "%25"), ("nbd://h/%ff", "UTF-8"),
         ("nbd://h/a\nb", "control character"), ("nbd://h/" + 4097 * "x", "4096"),
     ],
 )  # fmt: skip
@@ -364,6 +365,21 @@ def test_a_socket_that_is_not_there(driver: NbdDriver, tmp_path: Path) -> None:
             driver.probe(f"nbd+unix:///web?socket={path}")
         assert str(path) in caught.value.message
         assert "network" not in caught.value.remedy
+
+
+@needs_qemu
+def test_an_image_that_its_server_does_not_read(driver: NbdDriver, tmp_path: Path) -> None:
+    """The server exports the file of a qcow2 image as if it were a disk."""
+    more = ("--blockdev", f"driver=file,filename={tmp_path / 'cow'},node-name=c", "--export",
+            "type=nbd,id=c,node-name=c,name=cow")  # fmt: skip
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "cow", "4M"], check=True, timeout=60)
+    server = Server(tmp_path, *more)
+    try:
+        assert driver.probe(server.uri("cow")).looks_like == "qcow2"
+        assert driver.probe(server.uri("cow", "&format=raw")).looks_like == ""
+        assert driver.probe(server.uri()).looks_like == "", "a disk in a qcow2 image"
+    finally:
+        server.stop()
 
 
 @needs_qemu

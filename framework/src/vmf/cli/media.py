@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -171,7 +170,8 @@ def change_medium(name: str, port: int, medium: str) -> None:
 
 def _look(drive: DriveConfig) -> int:
     """The size of the medium. Raises when it cannot be used so."""
-    from vmf.storage.uri import scheme_of, with_option
+    from vmf.storage.formats import require_raw
+    from vmf.storage.uri import scheme_of
 
     if not drive.medium:
         return 0
@@ -180,13 +180,7 @@ def _look(drive: DriveConfig) -> int:
         raise StorageError(
             f"{drive.medium} cannot be written here: {info.why_read_only}.", "Change that, or attach it --read-only."
         )
-    if info.looks_like:
-        raise StorageError(
-            f"{drive.medium} is a {info.looks_like} image, and files are read as raw images: the guest would see its"
-            " bytes instead of the disk in it.",
-            "Make it raw (`qemu-img convert -O raw`), serve it by NBD, or, if it is meant so, attach "
-            f"{shlex.quote(with_option(drive.medium, 'format', 'raw'))}.",
-        )
+    require_raw(info)
     return info.size
 
 
@@ -242,7 +236,7 @@ def showmediuminfo(medium: str, as_json: bool) -> None:
     writable = "yes" if info.writable else f"no, {info.why_read_only}"
     rows = [
         ("Medium", info.uri),
-        ("Format", info.format + (f" (but it begins as a {info.looks_like} image)" if info.looks_like else "")),
+        ("Format", info.format + (f" (but it looks like a {info.looks_like} image)" if info.looks_like else "")),
         ("Where", info.where),
         ("Size", f"{size(info.size)} ({info.size} bytes)"),
         ("Takes", "" if info.allocated is None else size(info.allocated)),

@@ -32,7 +32,8 @@ from vmf.machine.storage_check import check_drives
 from vmf.plugins.bridge import PluginRegistry
 from vmf.storage.base import ImageInfo, ImageMark, StorageDriver
 from vmf.storage.drive import Drive, DriveType
-from vmf.storage.holder import Lease, this_owner
+from vmf.storage.formats import require_raw
+from vmf.storage.holder import Lease, read_record, this_owner
 from vmf.storage.uri import scheme_of
 from vmf.teleport.check import Blocker
 
@@ -77,11 +78,24 @@ class Slot:
                     f"{self.config.medium} cannot be written here: {info.why_read_only}.",
                     f"Change that, or attach it with --read-only at port {self.config.port} of both machines.",
                 )
+            if info.looks_like and not self._used_before():
+                require_raw(info)
         except VmfError as error:
             self.problem = error
             raise
         self.drive.size = info.size
         return info
+
+    def _used_before(self) -> bool:
+        """A machine has had the image as its disk: what its guest wrote there changes nothing."""
+        assert self.driver is not None
+        store = self.driver.lease_store(self.config.medium, create=False) if self.writable else None
+        if store is None:
+            return False
+        try:
+            return read_record(store).generation > 0
+        finally:
+            store.close()
 
     def open(self, fence: Callable[[], None] | None) -> None:
         """Open the image into the drive."""

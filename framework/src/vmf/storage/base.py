@@ -79,8 +79,8 @@ class ImageInfo:
         writable: this user, here and now, could open it for writing.
         why_read_only: the reason when not, a clause ("you have no permission to write it").
         format: "raw", or what the server says.
-        looks_like: an image format ("qcow2") as which the content begins, and which is not read here: the guest would
-            see the file's bytes, not the disk in it; "" when there is nothing to see.
+        looks_like: an image format ("qcow2") that the content shows (`vmf.storage.formats`) and that is not read here:
+            the guest would see the file's bytes, not the disk in it; "" when there is none, or `format=raw` was given.
         where: for people: what it is and on what kind of storage ("file on nfs4").
     """
 

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable
 
 from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
+from vmf.storage import formats
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, ImageMark, LeaseStore, StorageDriver, StorageImage
 from vmf.storage.uri import file_path, split_options
 from vmf_storage_file import kernel
@@ -30,11 +31,6 @@ MARKS = 1 << 61
 FICLONE = 0x40049409  # <linux/fs.h>
 COPY_STEP = 16 << 20
 MAX_SIZE = 1 << 60
-_FORMATS = (
-    (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"vhdxfile", "vhdx"), (0, b"conectix", "vhd"),
-    (64, b"\x7f\x10\xda\xbe", "vdi"),
-)  # fmt: skip
-"""(offset, what stands there, name) of other programs' image formats."""
 
 
 class FileDriver(StorageDriver):
@@ -219,9 +215,10 @@ def _declared_raw(uri: str) -> bool:
 
 
 def _looks_like(descriptor: int) -> str:
-    """The name of the format as which the content begins; "" for a raw image, as far as can be seen."""
-    start = os.pread(descriptor, 512, 0)
-    return next((name for at, mark, name in _FORMATS if start[at:].startswith(mark)), "")
+    """The name of the format that the content shows; "" for a raw image, as far as can be seen."""
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    tail = os.pread(descriptor, formats.TAIL, max(size - formats.TAIL, 0))
+    return formats.recognise(os.pread(descriptor, formats.HEAD, 0), tail)
 
 
 def _open(path: str, flags: int) -> int:
@@ -256,8 +253,7 @@ def _size(path: str, descriptor: int) -> int:
         found = _looks_like(descriptor)
         if found:
             raise StorageError(
-                f"{path} is a {found} image, and files are read as raw images.",
-                f"Make it raw: `qemu-img convert -O raw {path} {path}.raw`.",
+                f"{path} is a {found} image, and files are read as raw images.", f"{formats.remedy(path, found)}."
             )
         raise StorageError(
             f"{path} has {size} bytes, which is no disk: a disk has a multiple of {SECTOR_SIZE}.",

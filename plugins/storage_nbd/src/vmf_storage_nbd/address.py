@@ -19,7 +19,11 @@ from vmf.transport import unix
 from vmf_storage_nbd import protocol as p
 from vmf_storage_nbd.stream import CONNECT_TIMEOUT_S
 
-OPTIONS = {"nbd": ("lease",), "nbds": ("lease", "tls-dir", "tls-hostname"), "nbd+unix": ("lease", "socket")}
+OPTIONS = {
+    "nbd": ("lease", "format"),
+    "nbds": ("lease", "format", "tls-dir", "tls-hostname"),
+    "nbd+unix": ("lease", "format", "socket"),
+}
 """By scheme."""
 MAX_NAME = 4096
 """Bytes of an export's name, in the protocol."""
@@ -36,6 +40,7 @@ class NbdAddress:
         lease: name of the export that keeps the lease; None for the usual one.
         socket: path of a Unix socket.
         tls: it must be encrypted.
+        declared_raw: that the content looks like an image of another format is meant so.
         tls_dir, tls_hostname: certificates, and the name that the server's must bear.
     """
 
@@ -46,6 +51,7 @@ class NbdAddress:
     lease: str | None
     socket: str
     tls: bool
+    declared_raw: bool
     tls_dir: str
     tls_hostname: str
 
@@ -82,6 +88,8 @@ def parse(uri: str) -> NbdAddress:
         raise wrong("there is no socket")
     if len(export.encode()) > MAX_NAME or len(options.get("lease", "").encode()) > MAX_NAME:
         raise wrong(f"an export's name has at most {MAX_NAME} bytes")
+    if options.get("format", "raw") != "raw":
+        raise wrong("what the server exports is a raw disk", "Leave format= out; the server knows the image's format.")
     if options.get("lease") == export:
         raise wrong(
             "the lease would overwrite the beginning of the disk, as both are the same export",
@@ -95,6 +103,7 @@ def parse(uri: str) -> NbdAddress:
         lease=options.get("lease"),
         socket=options.get("socket", ""),
         tls=scheme == "nbds",
+        declared_raw="format" in options,
         tls_dir=options.get("tls-dir", ""),
         tls_hostname=options.get("tls-hostname", ""),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vmf.errors import NotFoundError, StorageError
+from vmf.storage import formats
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, LeaseStore, StorageDriver, StorageImage
 from vmf_storage_nbd import protocol as p
 from vmf_storage_nbd.address import parse
@@ -23,6 +24,7 @@ class NbdDriver(StorageDriver):
         connection = Connection(address, address.export)
         try:
             export = connection.first
+            found = "" if address.declared_raw or export.size < formats.HEAD else _looks_like(connection, export.size)
         finally:
             connection.close()
         if not export.size or export.size % SECTOR_SIZE:
@@ -38,6 +40,7 @@ class NbdDriver(StorageDriver):
             writable=not read_only,
             why_read_only="its server lets nobody write to it" if read_only else "",
             format="as the server reads it",
+            looks_like=found,
             where=f"NBD server {address.server}" + (", over TLS" if address.tls else ""),
         )
 
@@ -52,3 +55,11 @@ class NbdDriver(StorageDriver):
             if address.lease is not None:
                 raise
             return None
+
+
+def _looks_like(connection: Connection, size: int) -> str:
+    """The image format that an export's content shows: its server does not read it as that."""
+    head, tail = bytearray(formats.HEAD), bytearray(formats.TAIL)
+    for at, block in ((0, head), (size - formats.TAIL, tail)):
+        connection.client().request(p.Command.READ, at, len(block), fill=[memoryview(block)])
+    return formats.recognise(bytes(head), bytes(tail))
