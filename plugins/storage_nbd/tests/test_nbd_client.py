@@ -329,7 +329,8 @@ def test_uris() -> None:
         ("nbd://h/e?lease=a&lease=b", "twice"), ("nbd://h/e?lease=a&lease=a", "twice"), ("nbd://h/e?lease", "no value"),
         ("nbd://h/e?lease=", "no value"), ("nbd://h/e?lease=a&", "no option ''"), ("nbd://h/e?lease=e", "overwrite"),
         ("nbd://h/%65?lease=e", "overwrite"),
-        ("nbd://h/e?format=qcow2", "is a raw disk"), ("nbd://h/100%", "%25"), ("nbd://h/%zz", "%25"), ("nbd://h/%ff", "UTF-8"),
+        ("nbd://h/e?format=qcow2", "is a raw disk"),
+        ("nbd://h/100%", "%25"), ("nbd://h/%zz", "%25"), ("nbd://h/%ff", "UTF-8"),
         ("nbd://h/a\nb", "control character"), ("nbd://h/" + 4097 * "x", "4096"),
     ],
 )  # fmt: skip
