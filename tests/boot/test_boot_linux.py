@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vmf.errors import ConfigError, ImageError
-from vmf.machine.boot import default_cmdline, load_guest, load_linux
+from vmf.machine.boot import default_cmdline, load_guest, load_linux, with_clock
 from vmf.memory.guest import HIGH_RAM_BASE, LOW_RAM_LIMIT, MIB, GuestMemory
 
 FORMATS = ["lz4", "gzip", "xz", "zstd", "bzip2", "lzma", "plain"]
@@ -144,6 +144,30 @@ def test_the_command_line_is_limited_by_the_kernel(memory: GuestMemory, images: 
 def test_load_guest_takes_the_default_command_line(memory: GuestMemory, kernels: dict[str, Path]) -> None:
     load_guest(memory, kernels["lz4"], None, None, TSC_KHZ)
     assert memory.read(0x20000, len(default_cmdline()) + 1) == default_cmdline().encode() + b"\0"
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ("console=ttyS0", "tsc=reliable tsc_early_khz=2000000 console=ttyS0"),
+        ("", "tsc=reliable tsc_early_khz=2000000"),
+        ("a tsc=unstable b", "tsc_early_khz=2000000 a tsc=unstable b"),
+        ("tsc-early-khz=1 tsc=recalibrate", "tsc-early-khz=1 tsc=recalibrate"),
+        ("single -- tsc=mine", "tsc=reliable tsc_early_khz=2000000 single -- tsc=mine"),
+        ("notsc xtsc=1", "tsc=reliable tsc_early_khz=2000000 notsc xtsc=1"),
+    ],
+)
+def test_linux_is_told_of_its_clock_whatever_the_command_line(given: str, got: str) -> None:
+    assert with_clock(given, TSC_KHZ) == got
+    assert with_clock(got, TSC_KHZ) == got
+
+
+def test_linux_on_intel_asks_the_cpu_for_the_rate(memory: GuestMemory, kernels: dict[str, Path]) -> None:
+    load_guest(memory, kernels["lz4"], None, "console=ttyS0", TSC_KHZ)
+    assert memory.read(0x20000, 27) == b"tsc=reliable console=ttyS0\0"
+    load_guest(memory, kernels["lz4"], None, "console=ttyS0", TSC_KHZ, tell_tsc=True)
+    expected = f"tsc=reliable tsc_early_khz={TSC_KHZ} console=ttyS0\0".encode()
+    assert memory.read(0x20000, len(expected)) == expected
 
 
 def test_only_what_was_loaded_costs_memory(memory: GuestMemory, kernels: dict[str, Path]) -> None:

@@ -237,18 +237,60 @@ def test_a_guest_that_has_not_run_has_no_time() -> None:
     assert vcpu.read_tsc() < 100 * KHZ
 
 
-def test_a_suspended_host_suspends_the_guest() -> None:
-    """CLOCK_MONOTONIC stands still then: guest time goes on where it was."""
-    suspended = 0
+@pytest.mark.parametrize("tsc_in_suspend", ["counts on", "begins anew"])
+@pytest.mark.parametrize("then", ["runs", "stops", "is switched"])
+def test_a_suspended_host_suspends_the_guest(then: str, tsc_in_suspend: str) -> None:
+    """CLOCK_MONOTONIC stands still in a suspend, CLOCK_BOOTTIME does not, and the TSC does as it likes."""
     world = World(5)
+    suspended = 0
+    clock = MachineClock(lambda: world.look() - suspended)
+    time = GuestTime(clock, boottime=world.look)
+    time.tsc_khz = KHZ
+    vcpu = FakeVcpu(world)
+    time.start(vcpu)
 
-    def monotonic() -> int:
-        return world.look() - suspended
+    def read() -> tuple[int, int]:
+        while True:
+            before = world.now
+            pair = clock.now(), vcpu.read_tsc()
+            if world.now - before < 1000:
+                return pair
 
-    clock = MachineClock(monotonic)
-    clock.start()
-    world.pass_time(100 * MS)
-    before = clock.now()
-    world.pass_time(3600 * 1000 * MS)
-    suspended = 3600 * 1000 * MS
-    assert 0 <= clock.now() - before < 100 * MS
+    first = read()
+    for _ in range(20):
+        world.pass_time(400 * MS)
+        time.keep(vcpu)
+    before = read()
+    world.pass_time(7200 * 1000 * MS)
+    suspended = 7200 * 1000 * MS
+    if tsc_in_suspend == "begins anew":
+        vcpu._offset -= world.now * KHZ // 1_000_000
+    if then == "runs":
+        time.keep(vcpu)
+    elif then == "stops":
+        time.stop(vcpu)
+        time.start(vcpu)
+    else:
+        new = FakeVcpu(world)
+        time.hand_over(vcpu, new)
+        vcpu = new
+    after = read()
+    assert 0 < after[0] - before[0] < 100 * MS
+    assert 0 < after[1] - before[1] < 100 * KHZ
+    assert abs((after[1] - first[1]) * 1_000_000 // KHZ - (after[0] - first[0])) < BOUND_NS
+
+
+def test_a_busy_host_is_not_taken_for_a_suspended_one() -> None:
+    world = World(6)
+    time = GuestTime(MachineClock(world.look), boottime=world.look)
+    time.tsc_khz = KHZ
+    vcpu = FakeVcpu(world)
+    time.start(vcpu)
+    written: list[int] = []
+    vcpu.write_tsc = written.append  # type: ignore[method-assign]
+    for number in range(2000):
+        world.pass_time((1 + number % 7) * MS)
+        if number % 10 == 0:
+            world.random.seed(number)
+        time.keep(vcpu)
+    assert written == []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
-from vmf_device_pc.pit import FREQUENCY_HZ, from_bcd, ns_of, ticks_at, to_bcd
+from vmf_device_pc.pit import FREQUENCY_HZ, OLDEST_NS, from_bcd, ns_of, ticks_at, to_bcd
 
 SECOND = 10**9
 
@@ -32,16 +33,89 @@ def test_a_periodic_interrupt_keeps_its_rate_exactly(pc: Any, mode: int) -> None
     pc.init_pics()
     program(pc, 0, mode, 4772)  # 250 Hz, as Linux asks
     ticks = 0
-    for _ in range(400):
-        pc.run_for(SECOND // 100)
+    for _ in range(4000):
+        pc.run_for(SECOND // 1000)
         ticks += len(pc.interrupts())
-    # 10 ms steps hold two or three edges, of which the controller keeps one: count edges by time instead
-    assert ticks == 400
-    pc2_edges = 4 * FREQUENCY_HZ // 4772
-    assert pc.timers.next_deadline() == ns_of((pc2_edges + 1) * 4772)
+    edges = 4 * FREQUENCY_HZ // 4772
+    assert ticks == edges
+    assert pc.timers.next_deadline() == ns_of((edges + 1) * 4772)
 
 
-def test_a_pause_makes_one_interrupt_and_no_storm(pc: Any) -> None:
+def take(pc: Any, seconds: float) -> int:
+    """A guest that answers within a millisecond: interrupts in that time."""
+    ticks = 0
+    for _ in range(int(seconds * 1000)):
+        pc.run_for(SECOND // 1000)
+        ticks += len(pc.interrupts())
+    return ticks
+
+
+@pytest.mark.parametrize("mode", [2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_interrupt_of_a_guest_that_counts_them_is_lost(pc: Any, mode: int, seed: int) -> None:
+    """Whatever keeps the guest from taking them: the busy host, or its own CLI."""
+    order = random.Random(seed)
+    pc.init_pics()
+    program(pc, 0, mode, 4772)
+    ticks = 0
+    for _ in range(50):
+        pc.run_for(order.randrange(0, SECOND // 10))  # in which it does not take any
+        ticks += take(pc, order.randrange(0, 100) / 1000)
+    ticks += take(pc, 5)
+    assert ticks == ticks_at(pc.clock.now()) // 4772
+
+
+def test_late_interrupts_come_one_by_one(pc: Any) -> None:
+    """A teleport adds half a second: no storm, but four times the rate until the guest has caught up."""
+    pc.init_pics()
+    program(pc, 0, 2, 11932)  # 100 Hz
+    pc.advance(SECOND // 2)
+    assert pc.interrupts() == [0x30]
+    assert take(pc, 0.1) in (39, 40, 41)
+    take(pc, 0.4)
+    assert take(pc, 1) == 100
+
+
+def test_interrupts_that_are_too_old_are_lost(pc: Any) -> None:
+    pc.init_pics()
+    program(pc, 0, 2, 0)
+    pc.advance(10 * 3600 * SECOND)
+    ticks = take(pc, 300)
+    owed = (OLDEST_NS + 300 * SECOND) // ns_of(0x10000)
+    assert abs(ticks - owed) <= 2
+
+
+def test_a_guest_that_masks_them_gets_one(pc: Any) -> None:
+    pc.init_pics(mask=1)
+    program(pc, 0, 2, 4772)
+    pc.run_for(10 * SECOND)
+    assert pc.interrupts() == []
+    pc.outb(0x21, 0)
+    assert pc.interrupts() == [0x30]
+    assert take(pc, 1) in (249, 250, 251)
+
+
+def test_interrupts_too_fast_to_be_taken_are_not_owed(pc: Any) -> None:
+    pc.init_pics()
+    program(pc, 0, 2, 119)  # 100 us
+    pc.run_for(SECOND // 10)
+    assert pc.interrupts() == [0x30]
+    assert take(pc, 0.1) <= 101
+
+
+def test_late_interrupts_move_with_the_machine(pc: Any, make_pc: Any) -> None:
+    pc.init_pics()
+    program(pc, 0, 2, 4772)
+    pc.run_for(SECOND)
+    assert pc.interrupts() == [0x30]
+    other = make_pc()
+    other.clock.set(pc.clock.now())
+    for device, twin in zip(pc.devices, other.devices, strict=True):
+        twin.restore(device.save())
+    assert 1 + take(other, 5) == ticks_at(other.clock.now()) // 4772
+
+
+def test_a_long_stall_makes_one_interrupt_at_once_and_no_storm(pc: Any) -> None:
     pc.init_pics()
     program(pc, 0, 2, 1193)
     calls = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class InterruptController(Protocol):
@@ -21,3 +21,17 @@ class IrqLine(Protocol):
 
     def set_level(self, level: bool) -> None:
         """Drive the wire. Edge-triggered inputs latch the rising edge."""
+
+
+@runtime_checkable
+class LatchingLine(Protocol):
+    """Optional: an edge-triggered `IrqLine` that tells what became of the last edge, so that a timer can wait with the
+    next one instead of losing it."""
+
+    @property
+    def latched(self) -> bool:
+        """An edge waits for the vCPU: another one would be lost in it."""
+
+    @property
+    def masked(self) -> bool:
+        """The guest does not want interrupts of this line at present."""

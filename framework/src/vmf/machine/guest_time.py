@@ -12,10 +12,17 @@ Theory of operation
     repeated when the scheduler came in between. What was set is read back, and set again until it is right to some
     microseconds. The next stop reads what there is, so these errors do not add up in one direction: no number of stops
     makes the two clocks part.
+
+    While the host is suspended the machine's clock stands still, as CLOCK_MONOTONIC does. The TSC of a backend is the
+    host's with an offset, and that one counts on, or begins anew, as the hardware likes. So before each run of the vCPU
+    `keep` looks whether CLOCK_BOOTTIME, which counts a suspend, has got ahead of CLOCK_MONOTONIC, and puts the TSC
+    where the machine's clock is.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 
 from attrs import frozen
@@ -23,12 +30,24 @@ from attrs import frozen
 from vmf.cpu.backend import Vcpu
 from vmf.machine.clock import HostNs, MachineClock
 
+log = logging.getLogger(__name__)
+
 _NARROW_NS = 2_000
 """A pair of readings that took no longer counts as one instant."""
 _READINGS = 8
 _SETTINGS = 16
 _SYSTEMATIC_NS = 100_000
 """By what setting is always late, at most; more than that was the scheduler."""
+
+_SUSPEND_NS = 10_000_000
+"""CLOCK_BOOTTIME has got ahead by more than this: the host was suspended."""
+_REFERENCE_NS = 1_000_000_000
+"""How old the pair of readings may be from which the TSC is put right after a suspend. The two clocks drift apart by
+some ppm, as the host's do."""
+
+
+def _boottime_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 @frozen
@@ -49,8 +68,14 @@ class Instant:
 class GuestTime:
     """Of one machine; touched on its vCPU thread, with the vCPU between two runs. Begins stopped at zero."""
 
-    def __init__(self, clock: MachineClock) -> None:
+    def __init__(self, clock: MachineClock, boottime: HostNs = _boottime_ns) -> None:
+        """`boottime` reads a host clock like the machine's that also counts while the host is suspended."""
         self.clock = clock
+        self._boottime = boottime
+        self._ahead = 0
+        """By how much it was ahead of the host's other clock when last looked at, ns."""
+        self._reference = Instant(0, 0, 0)
+        """An instant not long ago, while time runs."""
         self.tsc_khz = 0
         """Rate of the guest's TSC."""
         self._stopped: Instant | None = None
@@ -72,6 +97,7 @@ class GuestTime:
         """Stand still from now on, to be caught up with at the next start unless `leave_out` is called. Does nothing
         when it stands still already."""
         if self._stopped is None:
+            self.keep(vcpu)
             host_ns, tsc = read_tsc(vcpu.read_tsc, self.clock.host_now)
             self.clock.stop(host_ns)
             self._stopped, self._catch_up = Instant(host_ns, self.clock.now(), tsc), True
@@ -94,18 +120,43 @@ class GuestTime:
             since_ns = stopped.host_ns if self._catch_up else now
         self.clock.set(stopped.guest_ns + max(0, now - since_ns))
         self.clock.start(now)
-        self._set(vcpu, lambda at: stopped.tsc + self._ticks(self.clock.at(at) - stopped.guest_ns))
+        self._reference = stopped
+        self._put(vcpu)
+        self._ahead = self._lead()
         self._stopped = None
         return now
+
+    def keep(self, vcpu: Vcpu) -> None:
+        """Before each run of the vCPU: see that the host's suspend has not moved the TSC."""
+        now = self.clock.host_now()
+        if self._boottime() - now - self._ahead > _SUSPEND_NS:
+            ahead = self._lead()
+            if ahead - self._ahead > _SUSPEND_NS:
+                log.info("the host was suspended for %.1f s; guest time stood still", (ahead - self._ahead) / 1e9)
+                self._ahead = ahead
+                self._put(vcpu)
+        elif now - self._reference.host_ns > _REFERENCE_NS:
+            host_ns, tsc = read_tsc(vcpu.read_tsc, self.clock.host_now)
+            self._reference = Instant(host_ns, self.clock.at(host_ns), tsc)
 
     def hand_over(self, old: Vcpu, new: Vcpu) -> None:
         """While time runs: `new` counts from where `old` is at the moment."""
         if self._stopped is None:
+            self.keep(old)
             host_ns, tsc = read_tsc(old.read_tsc, self.clock.host_now)
             self._set(new, lambda at: tsc + self._ticks(at - host_ns))
 
+    def _lead(self) -> int:
+        """By how much CLOCK_BOOTTIME is ahead, even when the scheduler comes between two readings."""
+        return min(-self.clock.host_now() + self._boottime() for _ in range(_READINGS))
+
     def _ticks(self, ns: int) -> int:
         return ns * self.tsc_khz // 1_000_000
+
+    def _put(self, vcpu: Vcpu) -> None:
+        """Set the TSC to where the running clock is, as seen from the reference."""
+        known = self._reference
+        self._set(vcpu, lambda at: known.tsc + self._ticks(self.clock.at(at) - known.guest_ns))
 
     def _set(self, vcpu: Vcpu, tsc_at: Callable[[int], int]) -> None:
         set_tsc(vcpu.write_tsc, vcpu.read_tsc, tsc_at, self.tsc_khz, self.clock.host_now)

@@ -79,7 +79,7 @@ class Hardware:
         self.held = True
         """Somebody wants the vCPU stopped: only `run` lets it go on. vCPU thread."""
         self._console_timer = self.timers.timer(self._offer_input)
-        self.thread = VcpuThread(name, self.clock, self.timers, on_exit, on_crash)
+        self.thread = VcpuThread(name, self.clock, self.timers, on_exit, on_crash, self.time.keep)
         environment = DeviceEnvironment(
             bus=self.bus,
             memory=self.memory,

@@ -65,6 +65,7 @@ class VcpuThread:
         timers: TimerQueue,
         on_exit: Callable[[VmExit], None],
         on_crash: Callable[[BaseException], None],
+        before_run: Callable[[Vcpu], None] = lambda _vcpu: None,
     ) -> None:
         """Start the thread, with nothing to run yet.
 
@@ -72,11 +73,13 @@ class VcpuThread:
             on_exit: gets SHUTDOWN and ERROR exits, and a HALTED that no interrupt can end.
             on_crash: gets what a device or a posted callable raised.
                 Both are called on the thread, with the vCPU no longer running.
+            before_run: called with the vCPU before each of its runs.
         """
         self._clock = clock
         self._timers = timers
         self._on_exit = on_exit
         self._on_crash = on_crash
+        self._before_run = before_run
         self._posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._vcpu: Vcpu | None = None
         self._running = False
@@ -173,6 +176,7 @@ class VcpuThread:
         if throttle:
             slice_end = time.monotonic_ns() + THROTTLE_SLICE_NS
             deadline = slice_end if deadline is None else min(deadline, slice_end)
+        self._before_run(vcpu)
         started = time.perf_counter()
         self._timers.on_earlier = vcpu.kick
         exit_ = vcpu.run(deadline)

@@ -223,6 +223,16 @@ class Wire:
         self.level = level
         self._pic.wire_changed(self._number, level)
 
+    @property
+    def latched(self) -> bool:
+        """An edge waits to be acknowledged."""
+        return self._pic.latched(self._number)
+
+    @property
+    def masked(self) -> bool:
+        """The input's mask bit, or that of the cascade, is set."""
+        return self._pic.masked(self._number)
+
 
 class Pic8259(Device):
     """Both chips, as the machine's interrupt controller."""
@@ -295,6 +305,17 @@ class Pic8259(Device):
         else:
             self._slave.set_line(number - 8, level)
         self._update()
+
+    def latched(self, number: int) -> bool:
+        """Whether the input's request is latched and not acknowledged."""
+        chip = self._master if number < 8 else self._slave
+        return bool(chip.irr >> (number & 7) & 1)
+
+    def masked(self, number: int) -> bool:
+        """Whether the guest masks the input, on the way to INTR."""
+        if number < 8:
+            return bool(self._master.imr >> number & 1)
+        return bool(self._slave.imr >> (number & 7) & 1 or self._master.imr >> CASCADE & 1)
 
     # -- towards the vCPU
 

@@ -4,8 +4,14 @@ Theory of operation
     No counter ever counts. A channel remembers the guest time `start` at which its count was loaded; its value, its
     OUT pin and its next edge are integer arithmetic on guest time, so they are exact however seldom anyone looks:
     `ticks = (now - start) * 1193182 // 10**9`. Only channel 0 has a timer, armed for its next rising edge of OUT,
-    which is the edge on interrupt 0. The edge after a callback is the first one *after now*: edges that passed while
-    the machine was paused or late make one interrupt, never a storm.
+    which is the edge on interrupt 0.
+
+    Guests without another clock count these interrupts, so none of a periodic count may be lost: not while the host is
+    busy, nor in the time that a teleport adds. `_edge` is the guest time of the oldest edge that was not delivered yet,
+    which may have passed long ago. An edge waits until the one before has been acknowledged, and those that are late
+    come at `CATCH_UP` times the rate. Guests that mask the interrupt do not count: then late edges make one, as on the
+    chip; so do those that come faster than `FASTEST_NS` or are older than `OLDEST_NS`. A pause by the user makes none
+    late, as guest time stands still.
 
     Channels 0 and 1 have GATE tied high; that of channel 2 is bit 0 of port 0x61. A channel with GATE low (modes 0
     and 4) or waiting for its trigger (modes 1 and 5) has no `start`; `frozen` holds the ticks it had counted.
@@ -19,7 +25,7 @@ from typing import Any
 
 from vmf.device import fields
 from vmf.device.base import Device, DeviceEnvironment, Payload
-from vmf.device.interrupts import IrqLine
+from vmf.device.interrupts import IrqLine, LatchingLine
 from vmf.errors import StateError
 from vmf.machine.clock import MachineClock
 from vmf_device_pc.ports import Port, read_ones
@@ -32,6 +38,13 @@ PORT_61 = 0x61
 PIT_IRQ = 0
 REFRESH_NS = 15_085
 """Half period of the DRAM refresh signal that bit 4 of port 0x61 shows."""
+
+CATCH_UP = 4
+"""By so much faster than they are due do late edges come."""
+FASTEST_NS = 200_000
+"""Edges with a shorter period may be lost: a guest that wants that many cannot be owed any."""
+OLDEST_NS = 600 * NS
+"""Edges that are later than this are lost."""
 
 ACCESS_LATCH, ACCESS_LOW, ACCESS_HIGH, ACCESS_WORD = 0, 1, 2, 3
 
@@ -147,11 +160,15 @@ class _Channel:
             return None
         return self.start + ns_of(self.reload + 1 if self.mode >= 4 else self.reload)
 
-    def next_rise(self) -> int | None:
-        """Guest time of the first periodic rising edge of OUT after now, or None."""
-        if self.start is None or not self.reload or self.mode not in (2, 3):
-            return None
-        return self.start + ns_of((self.ticks // self.reload + 1) * self.reload)
+    @property
+    def period(self) -> int:
+        """Ns between two rising edges of OUT, 0 when there is one at most."""
+        return ns_of(self.reload) if self.start is not None and self.reload and self.mode in (2, 3) else 0
+
+    def rise_after(self, edge: int) -> int:
+        """Guest time of the periodic rising edge after the one at `edge`."""
+        assert self.start is not None
+        return self.start + ns_of((max(0, ticks_at(edge - self.start)) // self.reload + 1) * self.reload)
 
     # -- programming
 
@@ -269,8 +286,10 @@ class Pit8254(Device):
     def __init__(self, environment: DeviceEnvironment) -> None:
         self._clock = environment.clock
         self._irq: IrqLine = environment.irq_line(PIT_IRQ)
+        self._latching = self._irq if isinstance(self._irq, LatchingLine) else None
         self._irq_level = False
         self._timer = environment.timers.timer(self._tick)
+        self._edge: int | None = None
         self._channels = [_Channel(self._clock) for _ in range(3)]
         self._channels[2].gate = False
         self._speaker = False
@@ -332,18 +351,31 @@ class Pit8254(Device):
         channel = self._channels[0]
         # In the modes that begin with OUT high the line is kept low until the first edge: only edges count here.
         self._set_irq(False)
-        deadline = channel.first_rise()
-        if deadline is None:
+        self._edge = channel.first_rise()
+        if self._edge is None:
             self._timer.cancel()
         else:
-            self._timer.arm(deadline)
+            self._timer.arm(self._edge)
 
     def _tick(self) -> None:
+        """The edge at `_edge` is due, or later."""
+        channel, now, line = self._channels[0], self._clock.now(), self._latching
+        edge, period = self._edge, channel.period
+        waiting = line is not None and line.latched
+        if edge is not None and period and waiting and line is not None and not line.masked and period >= FASTEST_NS:
+            self._edge = max(edge, channel.rise_after(now - OLDEST_NS))
+            self._timer.arm(now + period // CATCH_UP)
+            return
         self._set_irq(False)
         self._set_irq(True)
-        deadline = self._channels[0].next_rise()
-        if deadline is not None:
-            self._timer.arm(deadline)
+        if edge is None or not period:
+            self._edge = None
+        elif waiting or line is None or period < FASTEST_NS:
+            self._edge = channel.rise_after(now)
+            self._timer.arm(self._edge)
+        else:
+            self._edge = max(channel.rise_after(edge), channel.rise_after(now - OLDEST_NS))
+            self._timer.arm(self._edge if self._edge > now else now + period // CATCH_UP)
 
     def _set_irq(self, level: bool) -> None:
         if level != self._irq_level:
@@ -364,8 +396,8 @@ class Pit8254(Device):
             "channels": [channel.save() for channel in self._channels],
             "speaker": self._speaker,
             "irq_level": self._irq_level,
-            # Not computed anew by the reader: an edge that is due, but whose timer has not run yet, must not be lost.
-            "deadline": self._timer.deadline,
+            # Not computed anew by the reader: an edge that is due, but was not delivered yet, must not be lost.
+            "deadline": self._edge,
         }
         return Payload(self.kind, self.VERSION, body)
 
@@ -378,7 +410,8 @@ class Pit8254(Device):
         self._speaker = values["speaker"]
         self._irq_level = values["irq_level"]
         self._irq.set_level(self._irq_level)
-        if values["deadline"] is None:
+        self._edge = values["deadline"]
+        if self._edge is None:
             self._timer.cancel()
         else:
-            self._timer.arm(values["deadline"])
+            self._timer.arm(self._edge)

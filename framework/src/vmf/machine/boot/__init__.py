@@ -15,6 +15,6 @@ they stay holes. A wrong file is always one `vmf.errors.ImageError`.
 from vmf.machine.boot.bare import load_image
 from vmf.machine.boot.guest import load_guest
 from vmf.machine.boot.image import ImageKind, identify
-from vmf.machine.boot.linux import default_cmdline, load_linux
+from vmf.machine.boot.linux import default_cmdline, load_linux, with_clock
 
-__all__ = ["ImageKind", "default_cmdline", "identify", "load_guest", "load_image", "load_linux"]
+__all__ = ["ImageKind", "default_cmdline", "identify", "load_guest", "load_image", "load_linux", "with_clock"]

@@ -8,7 +8,7 @@ from vmf.cpu.state import VcpuState
 from vmf.errors import ConfigError
 from vmf.machine.boot.bare import load_image
 from vmf.machine.boot.image import identify
-from vmf.machine.boot.linux import default_cmdline, load_linux
+from vmf.machine.boot.linux import default_cmdline, load_linux, with_clock
 from vmf.memory.guest import GuestMemory
 
 
@@ -23,15 +23,14 @@ def load_guest(
 ) -> VcpuState:
     """Load a Linux kernel or a bare-metal image, whichever `kernel` is; `cmdline` None means `default_cmdline()`.
 
-    With `tell_tsc` that default also has the TSC's rate: Linux believes CPUID leaf 0x15 of an Intel CPU only. On
-    others it calibrates the TSC against the 8254, which is too slow to read in a VM, and ends up counting jiffies.
+    Linux gets what it needs for right time in front of any command line, see `with_clock`. `tell_tsc`: the CPU that it
+    sees has no way to tell it the TSC's rate.
 
     Raises ImageError for wrong files, and ConfigError when a bare-metal image is given an initrd or a command line.
     """
     if identify(kernel, "kernel").is_linux:
-        if cmdline is None:
-            cmdline = default_cmdline() + (f" tsc_early_khz={tsc_khz}" if tell_tsc else "")
-        return load_linux(memory, kernel, initrd, cmdline, tsc_khz)
+        told = with_clock(default_cmdline() if cmdline is None else cmdline, tsc_khz if tell_tsc else 0)
+        return load_linux(memory, kernel, initrd, told, tsc_khz)
     for key, value in (("initrd", initrd), ("cmdline", cmdline)):
         if value is not None:
             raise ConfigError(

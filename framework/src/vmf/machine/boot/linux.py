@@ -80,12 +80,26 @@ class _Kernel:
 def default_cmdline() -> str:
     """The command line of machines whose user gave none.
 
-    A user's own command line replaces this one as a whole, as with QEMU's `-append`. The parts: the serial console;
-    the TSC as the clock without cross-checking it against the 8254 (the machine keeps its rate, also across
-    teleports); no mitigations, which cost much in an interpreter-like engine and protect nothing there; no self-tests
-    of the crypto modules (a second of boot time).
+    A user's own command line replaces this one as a whole, as with QEMU's `-append`. The parts: the serial console; the
+    clock as of `with_clock`; no mitigations, which cost much in an interpreter-like engine and protect nothing there;
+    no self-tests of the crypto modules (a second of boot time).
     """
     return "console=ttyS0 tsc=reliable mitigations=off cryptomgr.notests"
+
+
+def with_clock(cmdline: str, tsc_khz: int = 0) -> str:
+    """`cmdline` with what Linux needs for right time in front of it, unless it has settings of its own for that.
+
+    `tsc=reliable`: the TSC is the clock without being checked against the 8254's interrupts, which come late on a busy
+    host; the machine keeps the TSC's rate, also across teleports. `tsc_early_khz=`, if a rate is given: Linux believes
+    CPUID leaf 0x15 of an Intel CPU only. On others it measures the TSC with the 8254; a virtual one takes too long to
+    read for that, and Linux would count interrupts instead. In front, as what follows `--` is for the init program.
+    """
+    words = cmdline.split()
+    own = words[: words.index("--")] if "--" in words else words
+    named = {word.strip('"').partition("=")[0].replace("-", "_") for word in own}
+    wanted = {"tsc": "reliable"} | ({"tsc_early_khz": str(tsc_khz)} if tsc_khz else {})
+    return " ".join([*(f"{name}={value}" for name, value in wanted.items() if name not in named), cmdline]).strip()
 
 
 def load_linux(memory: GuestMemory, kernel: Path, initrd: Path | None, cmdline: str, tsc_khz: int) -> VcpuState:
@@ -190,7 +204,8 @@ def _put_cmdline(memory: GuestMemory, params: bytearray, cmdline: str, kernel: _
     limit = min(kernel.cmdline_size, _MAX_CMDLINE)
     if len(data) > limit:
         raise ConfigError(
-            f"cmdline: {len(data)} bytes are more than the {limit} this kernel takes.", "Shorten the command line."
+            f"cmdline: {len(data)} bytes are more than the {limit} this kernel takes.",
+            "Shorten the command line. The bytes include the settings of the TSC that vmf puts in front of it.",
         )
     if b"\0" in data or b"\n" in data:
         raise ConfigError("cmdline: a command line cannot hold NUL or newline.", "Remove it.")
