@@ -17,6 +17,7 @@ import pytest
 
 from vmf.errors import TeleportError, TeleportUncertain
 from vmf.machine.config import MachineConfig
+from vmf.testing.faults import Fault, FaultProxy
 from vmf.testing.hosts import Host
 from vmf.testing.serial_check import check
 
@@ -138,16 +139,13 @@ def test_killing_the_source_leaves_the_target_waiting(hosts: tuple[Host, Host], 
     for host in hosts:
         host.define(builtin)
     port = target.wait("box")
-    for phase in ("check", "precopy"):
+    for message in ("OFFER", "ROUND_END"):
         source.start("box")
         source.wait_for_output("box", b"tick 1 ")
-
-        def kill(event: Mapping[str, Any], phase: str = phase) -> None:
-            if event["phase"] == phase:
-                source.kill("box", signal.SIGKILL)
-
-        with pytest.raises(Exception), source.client("box") as client:  # noqa: B017 - its process is gone
-            client.teleport("127.0.0.1", port, progress=kill)
+        with FaultProxy(port, Fault("kill-source", message), kill=lambda _: source.kill("box", signal.SIGKILL)) as proxy:
+            with pytest.raises(Exception), source.client("box") as client:  # noqa: B017 - its process is gone
+                client.teleport("127.0.0.1", proxy.port)
+            assert proxy.happened.wait(60)
         source.wait_gone("box")
         assert source.state("box") == "aborted"
         target.wait_for_state("box", "teleportingin")
