@@ -142,7 +142,8 @@ def test_killing_the_source_leaves_the_target_waiting(hosts: tuple[Host, Host], 
     for message in ("OFFER", "ROUND_END"):
         source.start("box")
         source.wait_for_output("box", b"tick 1 ")
-        with FaultProxy(port, Fault("kill-source", message), kill=lambda _: source.kill("box", signal.SIGKILL)) as proxy:
+        fault = Fault("kill-source", message)
+        with FaultProxy(port, fault, kill=lambda _: source.kill("box", signal.SIGKILL)) as proxy:
             with pytest.raises(Exception), source.client("box") as client:  # noqa: B017 - its process is gone
                 client.teleport("127.0.0.1", proxy.port)
             assert proxy.happened.wait(60)
