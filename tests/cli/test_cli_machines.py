@@ -171,7 +171,7 @@ def test_killed_machine_is_aborted(vmf: Any, machines: None, home: Home) -> None
     os.kill(record.pid, signal.SIGKILL)
     wait_state(vmf, "source", "aborted")
     assert "aborted" in vmf("list", "vms").stdout
-    assert "without cleaning up" in vmf("showvminfo", "source").stdout
+    assert "lack of memory" in vmf("showvminfo", "source").stdout
     assert "aborted" in vmf("controlvm", "source", "pause", status=1).stderr
     vmf("startvm", "source", "--detach")
     assert state(vmf, "source") == "running"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError
 from vmf.machine.config import MachineConfig
-from vmf.machine.home import Home, HomeError, ProcessRecord, write_atomically
+from vmf.machine.home import Home, HomeError, write_atomically
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_definitions_are_private_and_come_back(home: Home) -> None:
     home.update("vm", lambda old: attrs.evolve(old, memory_mib=32))
     assert home.load("vm").memory_mib == 32
     assert home.names() == ["vm"]
-    assert [each.name for each in path.parent.iterdir()] == ["machine.toml"]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["lock", "machine.toml"]
 
 
 def test_name_taken_unknown_and_renamed(home: Home) -> None:
@@ -92,7 +91,7 @@ def test_only_one_process_owns_a_machine(home: Home) -> None:
             home.unregister("vm")
     assert home.running() == []
     assert home.resting_state("vm") == "poweredoff"
-    assert [each.name for each in paths.runtime.iterdir()] == ["lock"]
+    assert list(paths.runtime.iterdir()) == []
 
 
 def test_killed_process_leaves_aborted_and_is_recovered(home: Home) -> None:
@@ -122,49 +121,17 @@ def test_killed_process_leaves_aborted_and_is_recovered(home: Home) -> None:
     assert home.resting_state("vm") == "aborted"
 
 
-def test_reused_process_id_is_not_taken_for_the_machine(home: Home) -> None:
-    home.create(config())
-    with home.own("vm") as paths:
-        record = json.loads(paths.pid.read_text())
-        for change in ({"start_ticks": record["start_ticks"] + 1}, {"boot_id": "another"}):
-            paths.pid.write_text(json.dumps(record | change))
-            assert home.process("vm") is None
-            assert home.aborted("vm")
-        for damaged in ("", "{", "[]", '{"pid": "x"}'):
-            paths.pid.write_text(damaged)
-            assert home.process("vm") is None
-            assert home.aborted("vm")
-
-
-def test_strange_command_names_do_not_confuse_the_start_time(tmp_path: Path) -> None:
-    program = tmp_path / "a) R 1 ("
-    program.symlink_to("/bin/sleep")
-    child = subprocess.Popen([str(program), "60"])
-    try:
-        assert not ProcessRecord(child.pid, 0, "").alive()
-        from vmf.machine.home import _start_ticks, boot_id
-
-        ticks = _start_ticks(child.pid)
-        assert ticks is not None
-        assert ticks > 0
-        assert ProcessRecord(child.pid, ticks, boot_id()).alive()
-    finally:
-        child.kill()
-        child.wait()
-
-
 def test_what_a_killed_process_left_is_still_known_when_its_traces_are_gone(home: Home) -> None:
-    """Whoever owns the machine for a moment (to resolve a teleport, say) without running it."""
+    """Whoever has the machine for a moment (to resolve a teleport, say) without running it."""
     home.create(config())
-    with home.own("vm") as paths:
-        dead = json.dumps({"pid": 1, "start_ticks": 0, "boot_id": "another"})
-        paths.pid.with_name("kept").write_text(dead)
-    paths.pid.with_name("kept").rename(paths.pid)
+    paths = home.paths("vm")
+    paths.lock.write_text('{"doing": "run", "pid": 1, "boot_id": "another"}\n')
     assert home.resting_state("vm") == "aborted"
-    with home.own("vm"):
+    with home.changing("vm", "modify"):
         pass
-    assert not paths.pid.exists()
+    assert paths.lock.read_text() == ""
     assert home.resting_state("vm") == "aborted"
+    assert "restarted" in home.last_run("vm")["detail"]
 
 
 def test_last_run_is_remembered(home: Home) -> None:
@@ -208,7 +175,7 @@ def test_disk_trouble_is_named_and_nothing_is_lost(
             home.update("vm", lambda old: attrs.evolve(old, memory_mib=99))
     assert caught.value.remedy
     assert home.load("vm").memory_mib == 16
-    assert [each.name for each in home.paths("vm").definition.parent.iterdir()] == ["machine.toml"]
+    assert sorted(each.name for each in home.paths("vm").directory.iterdir()) == ["lock", "machine.toml"]
 
 
 def test_read_only_home(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmf.errors import InvalidStateError
-from vmf.machine import home as homes
+from vmf.machine import host
 from vmf.machine.config import MachineConfig
 from vmf.machine.doubt import refuse_in_doubt
 from vmf.machine.home import Home
@@ -82,7 +82,7 @@ def test_a_dead_source_is_in_doubt_only_after_the_handover(journal, home):
 
 def test_after_a_power_failure_a_mere_offer_is_in_doubt(journal, home, monkeypatch):
     begin(journal, Role.SOURCE)
-    monkeypatch.setattr(homes, "boot_id", lambda: "another")
+    monkeypatch.setattr(host, "boot_id", lambda: "another")
     assert in_doubt(home, "box") is not None
     clear_interrupted(home, "box")
     assert in_doubt(home, "box") is not None

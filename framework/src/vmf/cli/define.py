@@ -1,4 +1,4 @@
-"""createvm, modifyvm, unregistervm: the definitions of machines."""
+"""createvm, modifyvm: the definitions of machines."""
 
 from __future__ import annotations
 
@@ -138,22 +138,6 @@ def modifyvm(name: str, memory: int | None, **options: Any) -> None:
 
     home().update(name, change)
     say(f"Machine '{name}' is modified.")
-
-
-@click.command()
-@machine_argument
-@click.option("--delete", is_flag=True, help="Delete its definition and logs, too; never kernels or images.")
-def unregistervm(name: str, delete: bool) -> None:
-    """Forget machine NAME, which must not be running.
-
-    Without --delete its definition is kept beside, under another name.
-
-    \b
-    Example:
-      vmf unregistervm web --delete
-    """
-    kept = home().unregister(name, delete=delete)
-    say(f"Machine '{name}' is deleted." if kept is None else f"Machine '{name}' is forgotten; its definition: {kept}")
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:

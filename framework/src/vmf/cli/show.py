@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmf.cli.app import json_option
-from vmf.cli.common import home, machine_argument, say, table
+from vmf.cli.common import home, machine_argument, printable, say, table
 from vmf.errors import VmfError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmf.machine.home import Home
 
 UNRESPONSIVE = "not answering"
+UNREACHABLE = "running, unreachable"
 
 
 @click.command()
@@ -35,6 +36,7 @@ def showvminfo(name: str, as_json: bool) -> None:
     process = where.process(name)
     state, live = _state(where, name)
     last = where.last_run(name) if process is None else {}
+    why = _explain(where, name, state)
     if as_json:
         answer: dict[str, Any] = {
             "name": name,
@@ -43,6 +45,7 @@ def showvminfo(name: str, as_json: bool) -> None:
             "config": config.to_dict(secrets=False),
             "live": live,
             "last_run": last,
+            "explanation": why,
             "definition": str(paths.definition),
             "console_log": str(paths.console_log),
             "vmm_log": str(paths.vmm_log),
@@ -54,9 +57,9 @@ def showvminfo(name: str, as_json: bool) -> None:
     rows: list[tuple[str, object]] = [
         ("Name", name),
         ("State", state),
-        ("Process", "" if process is None else process.pid),
+        ("Process", "" if process is None else process.where.removeprefix("process ")),
         ("Failure", live.get("failure")),
-        ("Last run", last.get("detail")),
+        ("Last run", last.get("detail") if state != "aborted" else ""),
         ("UUID", config.uuid),
         ("Description", config.description),
         ("Memory", f"{config.memory_mib} MiB"),
@@ -84,16 +87,36 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Definition", paths.definition),
         ("Console log", paths.console_log),
     ]
-    explained = {
-        "aborted": "its process ended without cleaning up; `vmf startvm` starts it anew",
-        "uncertain": f"handed over, not confirmed: it may run there; see `vmf controlvm {name} teleport --status`",
-    }
-    if state in explained:
-        rows.insert(2, ("", explained[state]))
+    if why:
+        rows.insert(2, ("", why))
     width = max(len(label) for label, _ in rows) + 2
     for label, value in rows:
         if value not in (None, ""):
             say(f"{(label + ':' if label else '').ljust(width)}{value}")
+
+
+def _explain(where: Home, name: str, state: str) -> str:
+    """What a state means here and what to do about it, for those that need it."""
+    seen = where.sight(name)
+    if state == "uncertain":
+        return f"handed over, not confirmed: it may run there; see `vmf controlvm {name} teleport --status`"
+    if state == UNREACHABLE and seen.running is not None:
+        from vmf.control.reach import remedy
+
+        return remedy(seen.running)
+    if state == "elsewhere" and seen.left is not None:
+        return (
+            f"it was started on host {printable(seen.left.host)}, and nothing here tells whether it still runs there: "
+            f"use vmf there, or, if that host is gone for good, `vmf unlockvm {name}`"
+        )
+    if state == "aborted":
+        from vmf.machine import death
+
+        why = str(where.last_run(name).get("detail") or "its process ended without cleaning up")
+        if seen.left is not None:
+            why = death.explain(seen.left, where.paths(name).vmm_log)
+        return f"{why}; `vmf startvm {name}` starts it anew"
+    return ""
 
 
 def _answers(address: Any) -> str:
@@ -212,10 +235,13 @@ def _state(where: Home, name: str) -> tuple[str, dict[str, Any]]:
     if where.process(name) is None:
         return where.resting_state(name), {}
     from vmf.control.client import ControlClient
+    from vmf.control.reach import Unreachable
 
     try:
         with ControlClient.of(where, name) as machine:
             live = machine.info()
+    except Unreachable:
+        return (UNREACHABLE if where.process(name) else where.resting_state(name)), {}
     except VmfError:
         # It may have ended just now.
         return (UNRESPONSIVE if where.process(name) else where.resting_state(name)), {}

@@ -94,7 +94,7 @@ def take(name: str, label: str, description: str, as_json: bool) -> None:
             from vmf.machine import snapshot as snapshots
             from vmf.plugins.bridge import PluginRegistry
 
-            with where.own(name):
+            with where.changing(name, "take a snapshot"):
                 snapshots.take_stopped(where.load(name), PluginRegistry(), store, label, description, bar)
         else:
 
@@ -169,7 +169,7 @@ def restore(name: str, label: str, yes: bool, as_json: bool) -> None:
         click.confirm(f"What the disks of machine '{name}' hold now is lost. Put it back?", abort=True, err=True)
     bar = _Bar()
     try:
-        with where.own(name):
+        with where.changing(name, "restore a snapshot", "put back"):
             info = snapshots.restore(where.load(name), PluginRegistry(), store, label, bar)
     finally:
         bar.end()
@@ -190,7 +190,12 @@ def delete(name: str, label: str) -> None:
     Example:
       vmf snapshot web delete before-upgrade
     """
-    _store(name).delete(label)
+    where, store = home(), _store(name)
+    if where.process(name) is None:
+        with where.changing(name, "delete a snapshot"):
+            store.delete(label)
+    else:
+        store.delete(label)
     say(f"Snapshot '{label}' of machine '{name}' is deleted.")
 
 
@@ -206,7 +211,8 @@ def discard_state(name: str) -> None:
       vmf snapshot web discard-state
     """
     store = _store(name)
-    done = store.forget_resume()
+    with home().changing(name, "discard a state", "changed"):
+        done = store.forget_resume()
     say(f"The next start of machine '{name}' boots." if done else f"Machine '{name}' would have booted anyway.")
 
 

@@ -19,8 +19,7 @@ import tty
 from collections.abc import Iterator
 from types import FrameType
 
-from vmf.control import sockets
-from vmf.errors import InvalidStateError
+from vmf.control.reach import CONSOLE, CONSOLE_LIVE, reach
 from vmf.machine.home import Home
 
 DETACH_KEY = b"\x1d"
@@ -38,14 +37,7 @@ class AttachEnd(enum.Enum):
 
 def connect(home: Home, name: str, *, scrollback: bool = True) -> socket.socket:
     """A connection to the console. Raises NotFoundError, InvalidStateError when the machine does not run."""
-    home.load(name)
-    paths = home.paths(name)
-    if home.process(name) is None:
-        state = home.resting_state(name)
-        raise InvalidStateError(
-            f"Machine '{name}' is not running (it is {state}).", f"Start it with `vmf startvm {name}`."
-        )
-    return sockets.connect(paths.console_socket if scrollback else paths.console_live_socket)
+    return reach(home, name, CONSOLE if scrollback else CONSOLE_LIVE)
 
 
 def attach(connection: socket.socket, stdin: int, stdout: int, *, linger: float = 1.0) -> AttachEnd:

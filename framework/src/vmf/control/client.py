@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from vmf.control import rpc, sockets
+from vmf.control import rpc
+from vmf.control.reach import CONTROL, reach
 from vmf.control.seam import Plain, ProgressCallback
-from vmf.errors import ControlError, InvalidStateError
+from vmf.errors import ControlError
 from vmf.machine.home import Home
 
 CONNECT_SECONDS = 5.0
@@ -37,13 +38,7 @@ class ControlClient:
     @classmethod
     def of(cls, home: Home, name: str) -> ControlClient:
         """Connect to a machine. Raises NotFoundError, InvalidStateError when it does not run, ControlError."""
-        home.load(name)
-        if home.process(name) is None:
-            state = home.resting_state(name)
-            raise InvalidStateError(
-                f"Machine '{name}' is not running (it is {state}).", f"Start it with `vmf startvm {name}`."
-            )
-        connection = sockets.connect(home.paths(name).control_socket, CONNECT_SECONDS)
+        connection = reach(home, name, CONTROL, CONNECT_SECONDS)
         connection.settimeout(None)
         return cls(connection, name)
 

@@ -61,11 +61,10 @@ class ConsoleServer:
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, "wake")
-        self._listeners = [(sockets.listen(replaying), True), (sockets.listen(live), False)]
-        self._paths = (replaying, live)
-        for listener, replay in self._listeners:
-            listener.setblocking(False)
-            self._selector.register(listener, selectors.EVENT_READ, replay)
+        self._listeners: list[tuple[socket.socket, bool]] = []
+        self._fresh = self._listen(replaying, live)
+        """Listeners that the console thread is to serve from now on; guarded by `_lock`."""
+        self._replace_listeners()
         self._log_path = log_path
         self._log = -1
         self._log_size = 0
@@ -83,6 +82,42 @@ class ConsoleServer:
                 return
             self._woken = True
         self._wake()
+
+    def _listen(self, replaying: Path, live: Path) -> list[tuple[socket.socket, bool]]:
+        made = [(sockets.listen(replaying), True)]
+        try:
+            made.append((sockets.listen(live), False))
+        except BaseException:
+            made[0][0].close()
+            raise
+        self._paths = (replaying, live)
+        self._made = [path.stat() for path in self._paths]
+        return made
+
+    def in_place(self) -> bool:
+        """Whether clients find the sockets at their paths."""
+        return all(sockets.is_at(path, made) for path, made in zip(self._paths, self._made, strict=True))
+
+    def move(self, runtime: Path) -> None:
+        """Listen on new sockets there; who is attached stays. Raises ControlError."""
+        replaying, live = (runtime / path.name for path in self._paths)
+        fresh = self._listen(replaying, live)
+        with self._lock:
+            self._fresh = fresh
+        self._wake()
+
+    def _replace_listeners(self) -> None:
+        with self._lock:
+            fresh, self._fresh = self._fresh, []
+        if not fresh:
+            return
+        for listener, _ in self._listeners:
+            self._selector.unregister(listener)
+            listener.close()
+        self._listeners = fresh
+        for listener, replay in fresh:
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ, replay)
 
     def close(self) -> None:
         """Log and send what is left, then end every connection; idempotent."""
@@ -113,7 +148,7 @@ class ConsoleServer:
         finally:
             for client in list(self._clients):
                 self._drop(client)
-            for listener, _ in self._listeners:
+            for listener, _ in [*self._listeners, *self._fresh]:
                 listener.close()
             self._selector.close()
             with self._lock:
@@ -129,6 +164,7 @@ class ConsoleServer:
             if key.data == "wake":
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake_reader, 4096)
+                self._replace_listeners()
                 self._distribute()
             elif isinstance(key.data, _Client):
                 if events & selectors.EVENT_READ:

@@ -30,11 +30,13 @@ from attrs import define, evolve
 
 from vmf.control import rpc
 from vmf.control.console import ConsoleServer
+from vmf.control.keeper import Keeper
 from vmf.control.seam import ControlledMachine, Plain, TakesSnapshots, WritesJournal
 from vmf.control.server import ControlServer
+from vmf.control.vmm_log import MachineLog, rotate
 from vmf.errors import InvalidStateError, MachineError, TeleportCancelled, VmfError
 from vmf.machine.config import MachineConfig
-from vmf.machine.home import Home, MachinePaths
+from vmf.machine.home import Home, Tenure
 
 log = logging.getLogger("vmf.process")
 
@@ -73,6 +75,8 @@ class Observer:
 class _Outcome:
     state: str = "poweredoff"
     error: BaseException | None = None
+    failure: str = ""
+    """Why the machine failed, if it did and was not reset since."""
 
 
 def run_machine_process(
@@ -95,8 +99,8 @@ def run_machine_process(
     from vmf.machine.doubt import refuse_in_doubt
     from vmf.machine.journal import FileJournal, clear_interrupted
 
-    with home.own(name) as paths:
-        config = home.load(name)
+    with home.tenure(name) as tenure, MachineLog(tenure.paths.vmm_log, name) as vmm_log:
+        paths, config = tenure.paths, home.load(name)
         if insecure:
             config = evolve(config, teleporter=evolve(config.teleporter, insecure=True))
         outcome = _Outcome()
@@ -113,11 +117,14 @@ def run_machine_process(
                 from vmf.machine.snapshot import SnapshotStore
 
                 machine.use_snapshots(SnapshotStore(name, paths.snapshots))
+            machine.add_state_listener(lambda old, new: _note_state(machine, old, new, outcome))
             with contextlib.closing(machine):
-                _serve(machine, config, paths, watcher, outcome, peer_password)
+                _serve(machine, config, tenure, watcher, outcome, peer_password)
         except VmfError as error:
             outcome.error = error
-        detail = str(outcome.error) if isinstance(outcome.error, VmfError) else ""
+        if outcome.error is not None:
+            vmm_log.tell(outcome.error)
+        detail = str(outcome.error) if isinstance(outcome.error, VmfError) else outcome.failure
         try:
             home.record_end(name, outcome.state, detail)
         except VmfError as error:
@@ -152,20 +159,20 @@ def _real_machine(config: MachineConfig, report: Callable[[VmfError], None]) -> 
 def _serve(
     machine: ControlledMachine,
     config: MachineConfig,
-    paths: MachinePaths,
+    tenure: Tenure,
     watcher: Observer,
     outcome: _Outcome,
     peer_password: str | None,
 ) -> None:
+    paths = tenure.paths
     console = ConsoleServer(machine.console_write, paths.console_socket, paths.console_live_socket, paths.console_log)
     machine.add_console_listener(console.output)
     machine.add_state_listener(watcher.state_changed)
-    machine.add_state_listener(lambda old, new: log.info("%s -> %s", old, new))
     control = ControlServer(machine, paths.control_socket)
     console.start()
     control.start()
     stopping = threading.Event()
-    with _signal_pipe() as (reader, writer):
+    with Keeper(tenure, control, console, lambda: _stand_still(machine)), _signal_pipe() as (reader, writer):
 
         def live() -> None:
             try:
@@ -196,6 +203,22 @@ def _serve(
         time.sleep(LINGER_S)
     control.close()
     console.close()
+
+
+def _note_state(machine: ControlledMachine, old: str, new: str, outcome: _Outcome) -> None:
+    """Write a change of state into the log, and a failure with its reason, which the machine itself forgets."""
+    log.info("%s -> %s", old, new)
+    if new == "failed":
+        outcome.failure = str(machine.info().get("failure") or "the machine failed")
+        log.error("The machine has failed: %s", outcome.failure)
+    elif new == "running":
+        outcome.failure = ""
+
+
+def _stand_still(machine: ControlledMachine) -> None:
+    """Another host has taken the machine over."""
+    with contextlib.suppress(InvalidStateError):
+        machine.pause()
 
 
 def _live(
@@ -280,15 +303,15 @@ def spawn_detached(
     waiting ends the new process.
     """
     home.load(name)
-    if home.process(name) is not None:
-        raise InvalidStateError(f"Machine '{name}' is running already.", f"See `vmf showvminfo {name}`.")
     from vmf.machine.home import explained, private_directory
 
     options = (("--insecure",) if insecure else ()) + (("--peer-password",) if peer_password is not None else ())
     paths = home.paths(name)
-    private_directory(paths.logs)
+    with home.changing(name, "modify"):  # refuses when it runs, and then its log is not touched
+        private_directory(paths.logs)
+        rotate(paths.vmm_log)
     try:
-        vmm_log = os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        vmm_log = os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise explained(error, paths.vmm_log) from error
     reader, writer = os.pipe()
@@ -328,13 +351,32 @@ def spawn_detached(
     try:
         answer = json.loads(line)
     except ValueError:
-        raise MachineError(
-            f"The process of machine '{name}' ended before it was ready.", f"Its messages are in {paths.vmm_log}."
-        ) from None
+        raise _died_early(name, paths.vmm_log, child) from None
     if "error" in answer:
         raise rpc.error_from(answer["error"])
     ready: Plain = answer["ready"]
     return ready
+
+
+def _died_early(name: str, vmm_log: Path, child: subprocess.Popen[bytes]) -> MachineError:
+    """Why a process ended without a word, which is then in its log as well."""
+    try:
+        status = child.wait(10)
+    except subprocess.TimeoutExpired:
+        why, remedy = "closed its pipe before it was ready", f"Its messages are in {vmm_log}."
+    else:
+        why, remedy = f"ended with status {status} before it was ready", f"Its messages are in {vmm_log}."
+        if status < 0:
+            why = f"was ended by {signal.Signals(-status).name} before it was ready"
+        if status == -signal.SIGKILL:
+            remedy = (
+                "Most likely the kernel killed it for lack of memory (`journalctl -k` or `dmesg` tells): give the "
+                f"machine less (`vmf modifyvm {name} --memory`), or free some."
+            )
+    error = MachineError(f"The process of machine '{name}' {why}.", remedy)
+    with contextlib.suppress(OSError), vmm_log.open("a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR vmf.process: {error}\n")
+    return error
 
 
 class _Reporter(Observer):

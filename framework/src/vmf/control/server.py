@@ -97,12 +97,26 @@ class ControlServer:
         self._closing = False
         self._teleporting = threading.Lock()
         self._socket = sockets.listen(path)
+        self._made = path.stat()
         self._thread = threading.Thread(target=self._accept, name="vmf-control", daemon=True)
         machine.add_state_listener(lambda old, new: self.publish({"event": "state", "old": old, "new": new}))
 
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
+
+    def in_place(self) -> bool:
+        """Whether clients find the socket at its path."""
+        return sockets.is_at(self.path, self._made)
+
+    def move(self, runtime: Path) -> None:
+        """Listen on a new socket there. Raises ControlError, and then the old one is as it was."""
+        path = runtime / self.path.name
+        fresh = sockets.listen(path)
+        before, self._socket, self.path, self._made = self._socket, fresh, path, path.stat()
+        with contextlib.suppress(OSError):
+            before.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
+        before.close()
 
     def publish(self, event: Mapping[str, Any]) -> None:
         """Send an event to every subscriber; never blocks."""
@@ -134,11 +148,14 @@ class ControlServer:
 
     def _accept(self) -> None:
         while True:
+            listener = self._socket
             try:
-                accepted, _ = self._socket.accept()
+                accepted, _ = listener.accept()
             except OSError as error:
                 if self._closing:
                     return
+                if listener is not self._socket:
+                    continue  # there is a new one
                 log.warning("The control socket cannot accept: %s.", error.strerror or error)
                 time.sleep(0.1)  # out of descriptors, say: it may pass
                 continue

@@ -31,6 +31,14 @@ def listen(path: Path, backlog: int = 16) -> socket.socket:
     return server
 
 
+def is_at(path: Path, status: os.stat_result) -> bool:
+    """Whether `path` still names the socket that had that status when it was made."""
+    try:
+        return os.path.samestat(path.stat(), status)
+    except OSError:
+        return False
+
+
 def connect(path: Path, timeout: float | None = None) -> socket.socket:
     """Connect to the socket at `path`. Raises ControlError when nobody answers there."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -183,7 +183,7 @@ def resolve_orphan(
     from vmf.machine.journal import FileJournal, in_doubt
     from vmf.teleport.protocol.handover import Note
 
-    with home.own(name):  # so that nobody starts it meanwhile
+    with home.changing(name, "resolve a teleport"):
         entry = in_doubt(home, name)
         if entry is None:
             raise InvalidStateError(

@@ -1,29 +1,28 @@
-"""The state of one host: which machines are defined, and where their processes keep sockets, pid files and logs.
+"""The state of one host: which machines are defined, and where their processes keep sockets and logs.
 
 `VMF_HOME` selects it; without it, definitions live in the user's data directory and sockets in the user's runtime
 directory. Two homes are two hosts, as far as vmf is concerned.
 
     machines/NAME/machine.toml   the definition, replaced atomically, 0600 in 0700
+    machines/NAME/identity.json  which machine the directory belongs to: see `vmf.machine.identity`
+    machines/NAME/lock           who runs or changes it: see `vmf.machine.lock`
     machines/NAME/last.json      how the last run ended
     machines/NAME/logs/          console.log (serial output) and vmm.log of the last runs
-    run/NAME/                    control.sock, console.sock, console-live.sock, pid, lock of the process that runs it
+    unregistered/NAME.TIME.UUID  the directory of a machine that was unregistered: see `vmf.machine.shelf`
+    run/NAME/                    control.sock, console.sock, console-live.sock of the process that runs it
 
-Who runs: a machine's process holds a kernel lock on `run/NAME/lock` for its whole life, so two cannot start, and
-writes `pid` with its start time and boot, so that a reused process id is never taken for it. A `pid` file whose
-process is gone means that it died without cleaning up: the machine is "aborted".
+Who runs: a machine's process holds the lock in the machine's directory for its whole life, and says there where its
+sockets are. That lock is the only truth. What its writer did not clean up means that it died: the machine is "aborted".
 
-Writers of definitions hold `machines/.lock`; readers need no lock, because a definition is replaced by rename.
+Writers of definitions hold `machines/.lock` and the machine's lock; readers need none, because a definition is replaced
+by rename.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,48 +33,89 @@ import attrs
 from attrs import frozen
 
 from vmf import directories
-from vmf.errors import ConfigError, InvalidStateError, NotFoundError, VmfError
+from vmf.errors import ConfigError, NotFoundError
 from vmf.machine import config as configuration
+from vmf.machine import death
+from vmf.machine import lock as locks
 from vmf.machine.config import MachineConfig
+from vmf.machine.files import HomeError as HomeError
+from vmf.machine.files import explained as explained
+from vmf.machine.files import private_directory as private_directory
+from vmf.machine.files import write_atomically as write_atomically
+from vmf.machine.lock import Holder, MachineLock, Sight
 
 LOCK_SECONDS = 10.0
-
-
-class HomeError(VmfError):
-    """The home directory cannot be used: read-only, full, or not ours."""
-
-    code = "home"
 
 
 @frozen
 class MachinePaths:
     """Where everything of one machine is."""
 
+    directory: Path
     definition: Path
+    lock: Path
     last: Path
     logs: Path
     console_log: Path
     vmm_log: Path
-    runtime: Path
-    control_socket: Path
-    console_socket: Path
-    console_live_socket: Path
-    pid: Path
-    lock: Path
     snapshots: Path
+    runtime: Path
+
+    @property
+    def control_socket(self) -> Path:
+        return self.runtime / "control.sock"
+
+    @property
+    def console_socket(self) -> Path:
+        return self.runtime / "console.sock"
+
+    @property
+    def console_live_socket(self) -> Path:
+        return self.runtime / "console-live.sock"
+
+    @property
+    def sockets(self) -> tuple[Path, Path, Path]:
+        return self.control_socket, self.console_socket, self.console_live_socket
+
+    def at(self, runtime: Path) -> MachinePaths:
+        """With the sockets in another directory."""
+        return attrs.evolve(self, runtime=runtime)
 
 
-@frozen
-class ProcessRecord:
-    """The process that runs a machine. `start_ticks` and `boot_id` tell it from a later one of the same number."""
+class Tenure:
+    """What the process that runs a machine has of its home: the machine's lock, and a place for its sockets."""
 
-    pid: int
-    start_ticks: int
-    boot_id: str
+    def __init__(self, lock: MachineLock, paths: MachinePaths, spare_runtime: Path) -> None:
+        self.paths = paths
+        self._lock = lock
+        self._spare_runtime = spare_runtime
+        self._holder = Holder.this_process(locks.RUN)
 
-    def alive(self) -> bool:
-        """Whether exactly that process still exists (and is not just waiting to be reaped)."""
-        return self.boot_id == boot_id() and _start_ticks(self.pid) == self.start_ticks
+    def settle(self) -> None:
+        """Make the directory of the sockets, and say in the lock where it is. Raises HomeError.
+
+        The usual directory may be gone for good: the one of a user who has logged out, say. Then another one is used.
+        """
+        try:
+            self._make(self.paths.runtime)
+        except HomeError:
+            if self.paths.runtime == self._spare_runtime:
+                raise
+            self._make(self._spare_runtime)
+            self.paths = self.paths.at(self._spare_runtime)
+        try:
+            self._holder = self._lock.write(attrs.evolve(self._holder, runtime=str(self.paths.runtime)))
+        except OSError as error:
+            raise explained(error, self.paths.lock) from error
+
+    @staticmethod
+    def _make(runtime: Path) -> None:
+        private_directory(runtime.parent)
+        private_directory(runtime)
+
+    def renew(self) -> bool:
+        """Make the lock's file again if somebody has deleted it; False when another host has the machine now."""
+        return self._lock.renew(self._holder)
 
 
 class Home:
@@ -99,19 +139,16 @@ class Home:
     def paths(self, name: str) -> MachinePaths:
         """Raises ConfigError when `name` cannot be a machine's name (so no path leaves the home)."""
         configuration.check_name(name)
-        own, run = self.data / "machines" / name, self.runtime / name
+        own = self.data / "machines" / name
         return MachinePaths(
+            directory=own,
             definition=own / "machine.toml",
             last=own / "last.json",
             logs=own / "logs",
             console_log=own / "logs" / "console.log",
             vmm_log=own / "logs" / "vmm.log",
-            runtime=run,
-            control_socket=run / "control.sock",
-            console_socket=run / "console.sock",
-            console_live_socket=run / "console-live.sock",
-            pid=run / "pid",
-            lock=run / "lock",
+            runtime=self.runtime / name,
+            lock=own / locks.FILE,
             snapshots=own / "snapshots",
         )
 
@@ -154,9 +191,8 @@ class Home:
 
     def update(self, name: str, change: Callable[[MachineConfig], MachineConfig]) -> MachineConfig:
         """Replace a definition by what `change` makes of it; refuses while the machine runs."""
-        with self._locked():
+        with self._locked(), self.changing(name, "modify", "modified"):
             old = self.load(name)
-            self._refuse_running(name, "modified")
             new = change(old)
             if new.name != name:
                 raise ConfigError(f"The name of machine '{name}' cannot be changed.", "Create another machine.")
@@ -168,11 +204,7 @@ class Home:
 
         Returns where the definition was kept. Images and kernels are never touched.
         """
-        with self._locked():
-            paths = self.paths(name)
-            if not paths.definition.exists():
-                raise self._not_found(name)
-            self._refuse_running(name, "unregistered")
+        with self._locked(), self.changing(name, "unregister", "unregistered") as paths:
             kept = paths.definition.with_name("machine.toml.unregistered")
             try:
                 if delete:
@@ -185,12 +217,6 @@ class Home:
             except OSError as error:
                 raise explained(error, paths.definition.parent) from error
             return None if delete else kept
-
-    def _refuse_running(self, name: str, action: str) -> None:
-        if self.process(name) is not None:
-            raise InvalidStateError(
-                f"Machine '{name}' is running and cannot be {action}.", f"First: vmf controlvm {name} poweroff"
-            )
 
     def _not_found(self, name: str) -> NotFoundError:
         import difflib
@@ -236,15 +262,18 @@ class Home:
 
     # -- processes
 
-    def process(self, name: str) -> ProcessRecord | None:
-        """The living process that runs the machine, or None."""
-        record = self._record(name)
-        return record if record is not None and record.alive() else None
+    def sight(self, name: str) -> Sight:
+        """What the machine's lock says."""
+        paths = self.paths(name)
+        return locks.look(paths.directory, paths.runtime)
+
+    def process(self, name: str) -> Holder | None:
+        """The process that runs the machine, or None."""
+        return self.sight(name).running
 
     def aborted(self, name: str) -> bool:
         """Whether the machine's last process died without cleaning up."""
-        record = self._record(name)
-        return record is not None and not record.alive()
+        return self.sight(name).left is not None
 
     def running(self) -> list[str]:
         """The machines that have a living process, sorted."""
@@ -259,146 +288,117 @@ class Home:
         return found if isinstance(found, dict) else {}
 
     def resting_state(self, name: str) -> str:
-        """The state of a machine that has no process: "poweredoff", "aborted", "teleported", "failed" or "uncertain".
+        """The state of a machine that has no process.
 
-        The last: it was handed over to another host, which did not confirm it.
+        "poweredoff", "aborted", "teleported" or "failed"; "uncertain": it was handed over to another host, which did
+        not confirm it; "elsewhere": it was started on another host, and nothing here can tell whether it runs there.
         """
-        if (self.paths(name).definition.parent / "teleports").exists():
+        return self._resting_state(name, self.sight(name))
+
+    def _resting_state(self, name: str, seen: Sight) -> str:
+        if seen.elsewhere is not None:
+            return "elsewhere"
+        if (self.paths(name).directory / "teleports").exists():
             from vmf.machine.journal import in_doubt, left
 
             if in_doubt(self, name) is not None:
                 return "uncertain"
-            if self.aborted(name) and left(self, name):
+            if seen.left is not None and left(self, name, seen.left.since_ns):
                 return "teleported"  # its process died just when it was about to end
-        if self.aborted(name):
+        if seen.left is not None:
             return "aborted"
         return str(self.last_run(name).get("state", "poweredoff"))
 
-    def _record(self, name: str) -> ProcessRecord | None:
-        try:
-            fields = json.loads(self.paths(name).pid.read_text("utf-8"))
-            return ProcessRecord(int(fields["pid"]), int(fields["start_ticks"]), str(fields["boot_id"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError):
-            # Cut short by a crash of the host: nobody we know runs it.
-            return ProcessRecord(0, -1, "")
-
     @contextmanager
     def own(self, name: str) -> Iterator[MachinePaths]:
-        """Be the process that runs the machine: take its lock, recover stale sockets, write the pid file.
+        """Be the process that runs the machine: take its lock, recover stale sockets, say who and where.
 
-        Raises InvalidStateError when another process runs it. Leaving the context cleans up.
+        Raises InvalidStateError when another process has the machine. Leaving the context cleans up.
         """
+        with self.tenure(name) as tenure:
+            yield tenure.paths
+
+    @contextmanager
+    def tenure(self, name: str) -> Iterator[Tenure]:
+        """As `own`, for a process that lasts: what it needs to be found for all that time."""
         paths = self.paths(name)
-        private_directory(self.runtime)
-        private_directory(paths.runtime)
-        private_directory(paths.logs)
+        with self._taken(name) as lock:
+            private_directory(paths.logs)
+            tenure = Tenure(lock, paths, self.data / "run" / name)
+            tenure.settle()
+            for stale in tenure.paths.sockets:
+                stale.unlink(missing_ok=True)
+            try:
+                yield tenure
+            finally:
+                for ours in tenure.paths.sockets:
+                    ours.unlink(missing_ok=True)
+
+    @contextmanager
+    def changing(self, name: str, doing: str, action: str = "") -> Iterator[MachinePaths]:
+        """Have the lock of a machine that does not run, so that nobody starts it while it is changed.
+
+        `doing` is what others are told meanwhile, `action` what a running one "cannot be". Raises InvalidStateError.
+        """
+        with self._taken(name, action) as lock:
+            try:
+                lock.write(Holder.this_process(doing))
+            except OSError as error:
+                raise explained(error, self.paths(name).lock) from error
+            yield self.paths(name)
+
+    @contextmanager
+    def _taken(self, name: str, action: str = "") -> Iterator[MachineLock]:
+        paths = self.paths(name)
+        if not paths.definition.exists():
+            raise self._not_found(name)
         try:
-            descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = locks.take(paths.directory, paths.runtime)
+        except locks.Held:
+            raise locks.refusal(name, self.sight(name).holder, action) from None
+        except locks.NoLocks:
+            raise HomeError(
+                f"{paths.directory} is on a file system without locks, so nothing keeps machine '{name}' from being "
+                "started twice.",
+                "Set VMF_HOME to a directory on a file system that has them.",
+            ) from None
         except OSError as error:
             raise explained(error, paths.lock) from error
+        seen = lock.sight()
+        if seen.elsewhere is not None:
+            lock.abandon()
+            raise locks.refusal_elsewhere(name, seen.elsewhere)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                record = self._record(name)
-                by = f" (process {record.pid})" if record is not None and record.pid else ""
-                raise InvalidStateError(
-                    f"Machine '{name}' is running already{by}.", f"See `vmf showvminfo {name}`."
-                ) from None
-            if self.aborted(name) and (state := self.resting_state(name)) != "uncertain":
-                self.record_end(name, state)  # told by the traces that go now; a doubt is in the journal
-            sockets = (paths.control_socket, paths.console_socket, paths.console_live_socket)
-            for stale in sockets:
-                stale.unlink(missing_ok=True)
-            pid = os.getpid()
-            record = ProcessRecord(pid, _start_ticks(pid) or 0, boot_id())
-            write_atomically(paths.pid, json.dumps(attrs.asdict(record)))
-            try:
-                yield paths
-            finally:
-                for ours in (*sockets, paths.pid):
-                    ours.unlink(missing_ok=True)
+            if seen.left is not None and (state := self._resting_state(name, seen)) != "uncertain":
+                self.record_end(name, state, death.explain(seen.left, paths.vmm_log))  # a doubt is in the journal
+            (paths.runtime / "pid").unlink(missing_ok=True)
+        except BaseException:
+            lock.abandon()
+            raise
+        try:
+            yield lock
         finally:
-            os.close(descriptor)
+            lock.release()
+
+    def unlock(self, name: str) -> None:
+        """A person says that the process that ran the machine on another host is gone for good.
+
+        Raises InvalidStateError when it runs on this host.
+        """
+        paths = self.paths(name)
+        if not paths.definition.exists():
+            raise self._not_found(name)
+        with self._locked():
+            try:
+                holder = locks.break_lock(paths.directory, paths.runtime)
+            except locks.Held:
+                raise locks.refusal(name, self.sight(name).holder, "unlocked") from None
+            except OSError as error:
+                raise explained(error, paths.lock) from error
+            if holder is not None:
+                self.record_end(name, "aborted", f"its process on host {locks.printable(holder.host)} was given up")
 
     def record_end(self, name: str, state: str, detail: str = "") -> None:
         """Remember how a run ended, for `showvminfo`."""
         ended = {"state": state, "detail": detail, "at": int(time.time())}
         write_atomically(self.paths(name).last, json.dumps(ended))
-
-
-def private_directory(path: Path) -> None:
-    """Make sure of a directory that only we can enter. Raises HomeError when it is somebody else's."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-        status = path.stat()
-        if status.st_uid != os.geteuid():
-            remedy = "Set VMF_HOME to a directory of your own."
-            raise HomeError(f"{path} belongs to user {status.st_uid}, not to you.", remedy)
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            path.chmod(0o700)
-    except OSError as error:
-        raise explained(error, path) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash at any moment, sees the old or the new one, complete. Mode 0600."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise explained(error, path) from error
-
-
-def explained(error: OSError, path: Path) -> HomeError:
-    """What the system said about a file, for people."""
-    place = "Set VMF_HOME to a directory that you can write to."
-    remedies = {
-        errno.EROFS: ("is on a read-only file system", place),
-        errno.EACCES: ("cannot be written: permission denied", place),
-        errno.EPERM: ("cannot be written: not permitted", place),
-        errno.ENOSPC: ("cannot be written: the disk is full", "Free some space and try again; nothing was changed."),
-        errno.EDQUOT: (
-            "cannot be written: your quota is used up",
-            "Free some space and try again; nothing was changed.",
-        ),
-        errno.ENOTDIR: ("cannot be made: something on its path is not a directory", place),
-        errno.EEXIST: ("is there, but is not a directory", place),
-    }
-    reason, remedy = remedies.get(error.errno or 0, (f"cannot be used: {error.strerror or error}", place))
-    return HomeError(f"{path} {reason}.", remedy)
-
-
-def boot_id() -> str:
-    """Names the time since the host's last start; "" where the system does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When the process started (proc(5), /proc/PID/stat field 22, clock ticks since boot); None when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The command name, in parentheses, may contain anything.
-    fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vmf.machine import home as homes
+from vmf.machine import host
 from vmf.machine.home import Home
 from vmf.teleport.journal import Entry, Testimony
 from vmf.teleport.protocol import handover
@@ -118,7 +119,7 @@ class FileJournal:
 
 def directory_of(home: Home, name: str) -> Path:
     """Where a machine's teleports are written down."""
-    return home.paths(name).definition.parent / "teleports"
+    return home.paths(name).directory / "teleports"
 
 
 def in_doubt(home: Home, name: str) -> Entry | None:
@@ -131,10 +132,12 @@ def in_doubt(home: Home, name: str) -> Entry | None:
     return None
 
 
-def left(home: Home, name: str) -> bool:
-    """Whether a machine whose process died had gone to another host before: that process noted it."""
+def left(home: Home, name: str, began: int) -> bool:
+    """Whether a machine whose process died had gone to another host before: that process noted it.
+
+    `began`: when that process had begun, by the clock of the file system.
+    """
     try:
-        began = home.paths(name).pid.stat().st_mtime_ns
         return any(
             entry.role is Role.SOURCE and entry.note is Note.GONE and path.stat().st_mtime_ns >= began
             for path, entry in _entries(directory_of(home, name))
@@ -168,7 +171,7 @@ def _format(entry: Entry) -> str:
         "role": entry.role.value,
         "peer": {"scheme": peer.scheme, "host": peer.host, "port": peer.port, "options": options},
         "since": entry.since,
-        "boot_id": homes.boot_id(),
+        "boot_id": host.boot_id(),
     }
     return f'{_MARK}{entry.note.value.ljust(_WIDTH)}", {json.dumps(rest)[1:]}\n'
 
@@ -194,4 +197,4 @@ def _entry(fields: dict[str, Any], note: Note) -> Entry:
     peer = fields["peer"]
     address = Address(str(peer["scheme"]), str(peer["host"]), int(peer["port"]), dict(peer["options"]))
     identifier, role = bytes.fromhex(fields["id"]), Role(fields["role"])
-    return Entry(identifier, role, note, address, int(fields["since"]), fields["boot_id"] == homes.boot_id())
+    return Entry(identifier, role, note, address, int(fields["since"]), fields["boot_id"] == host.boot_id())
