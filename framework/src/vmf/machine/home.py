@@ -341,10 +341,8 @@ class Home:
         `doing` is what others are told meanwhile, `action` what a running one "cannot be". Raises InvalidStateError.
         """
         with self._taken(name, action) as lock:
-            try:
+            with suppress(OSError):  # on a full disk, say: only others' messages are poorer for it
                 lock.write(Holder.this_process(doing))
-            except OSError as error:
-                raise explained(error, self.paths(name).lock) from error
             yield self.paths(name)
 
     @contextmanager
