@@ -50,3 +50,14 @@ def test_input_is_bounded() -> None:
     console = SerialConsole()
     assert console.type(bytes(MAX_PENDING_INPUT + 5)) == MAX_PENDING_INPUT
     assert console.type(b"x") == 0
+
+
+def test_held_input_is_not_taken() -> None:
+    console = SerialConsole()
+    console.type(b"before")
+    console.hold_input()
+    assert console.type(b"during") == 0
+    assert console.pending_input() == b"before"
+    console.accept_input()
+    assert console.type(b"after") == 5
+    assert console.pending_input() == b"beforeafter"

@@ -1,7 +1,8 @@
 """The serial console between the guest and whoever is attached.
 
 Output fans out to listeners on the vCPU thread: a listener must not block. Input waits here until the serial port has
-room for it; what the guest has not taken yet travels with a teleport, so that no typed byte is lost.
+room for it; what the guest has not taken yet travels with a teleport, so that no typed byte is lost. While the machine
+is neither here nor there yet no input is taken (`hold_input`): its sender keeps it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class SerialConsole:
         self._listeners: tuple[Listener, ...] = ()
         self._scrollback = bytearray()
         self._pending = bytearray()
+        self._held = False
 
     # -- output
 
@@ -60,8 +62,13 @@ class SerialConsole:
     # -- input
 
     def type(self, data: bytes) -> int:
-        """Queue input for the guest from any thread; how many bytes were taken (all, unless a megabyte waits)."""
+        """Queue input for the guest from any thread; how many bytes were taken.
+
+        All, unless a megabyte waits or input is held; the caller keeps the rest.
+        """
         with self._lock:
+            if self._held:
+                return 0
             room = max(0, MAX_PENDING_INPUT - len(self._pending))
             self._pending += data[:room]
             return min(room, len(data))
@@ -88,7 +95,17 @@ class SerialConsole:
         with self._lock:
             self._pending[:0] = data
 
+    def hold_input(self) -> None:
+        """Take no input from now on: what would be taken could no longer travel, or does not belong here yet."""
+        with self._lock:
+            self._held = True
+
+    def accept_input(self) -> None:
+        """Take input again."""
+        with self._lock:
+            self._held = False
+
     def drop_input(self) -> None:
-        """Forget what waits (a reset)."""
+        """Forget what waits: the machine that it was typed for has gone."""
         with self._lock:
             self._pending.clear()

@@ -251,6 +251,7 @@ class Machine:
             drives=self.storage.drives,
         )
         self.storage.require_claimed()
+        self.console.accept_input()
         return self._hardware
 
     @property
@@ -330,7 +331,11 @@ class Machine:
         )
 
     def type(self, data: bytes) -> int:
-        """Type at the serial console; how many bytes were taken."""
+        """Type at the serial console; how many bytes were taken. The caller keeps the rest.
+
+        None are taken while a megabyte waits, during the handover of a teleport, and until a machine that waits for one
+        has arrived. Raises InvalidStateError without hardware (powered off).
+        """
         return self.hardware.type(data)
 
     # -- on the vCPU thread: what the guest and the engine do
@@ -394,6 +399,8 @@ class Machine:
         """Take the hardware apart. For this room's modules."""
         self._teleporter.stop_listening()
         self._teleporter.close_witness()
+        self.console.hold_input()  # first: what is taken from here on would be lost
+        self.console.drop_input()
         hardware, self._hardware, self.contract_origin = self._hardware, None, None
         if hardware is not None:
             hardware.close()

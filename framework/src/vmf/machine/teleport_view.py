@@ -189,11 +189,13 @@ class TeleportView:
         return Stopped(self._was_running, stopped_at)
 
     def save(self) -> Sequence[Payload]:
+        self._machine.console.hold_input()  # before the pending input is saved: nothing may be taken after that
         return self._machine.hardware.save()
 
     def undo_stop(self) -> None:
         if self._handed_over:
             raise LocalProtocolError("a machine that was handed over must not go on at the source.")
+        self._machine.console.accept_input()
         if self._was_running and self._machine.state in (MachineState.TELEPORTING, MachineState.UNCERTAIN):
             self._machine.hardware.run()
 
@@ -225,6 +227,7 @@ class TeleportView:
 
     def resume(self, stopped_at_ns: int, running: bool) -> int:
         resumed_at = self._machine.hardware.catch_up_and_run(stopped_at_ns, running=running)
+        self._machine.console.accept_input()  # behind what came with the guest
         self._machine.set_state(MachineState.RUNNING if running else MachineState.PAUSED)
         return resumed_at
 

@@ -246,6 +246,7 @@ class Teleporter:
                 machine.boot_digest()
                 machine.storage.prepare()
                 machine.assemble()
+                machine.console.hold_input()  # until the guest is here
                 listener = self.listener = machine.registry.transport(where.scheme).listen(where)
             except BaseException:
                 machine.scrap()
