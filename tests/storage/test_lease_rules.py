@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from vmf.errors import ImageInUse, LeaseLost, StorageError
 from vmf.machine.storage import MachineStorage
+from vmf.storage import holder
 from vmf.storage import lease as rules
 from vmf.storage.holder import Lease
 from vmf.storage.lease import Owner, Record, Standing
@@ -76,6 +77,63 @@ def test_who_may_claim_after_a_crash(heir: Owner, excludes: bool, may: bool) -> 
         else:
             with pytest.raises(ImageInUse, match="machine a on host h1"):
                 rules.claim(each, heir, excludes=excludes)
+
+
+@pytest.mark.parametrize("nothing", ["", "uninitialized", "0" * 32])
+@pytest.mark.parametrize("boot", ["", "b9"])
+def test_hosts_without_an_identity_are_not_one_host(nothing: str, boot: str) -> None:
+    """The machine's definition is on both; after a crash of the one, or while it is cut off, the other one asks."""
+    dead = evolve(A, host_id=nothing, boot_id="b1" if boot else "")
+    heir = evolve(dead, incarnation="a2", boot_id=boot)
+    record = rules.claim(Record("image"), dead, excludes=True)
+    with pytest.raises(ImageInUse, match="cannot be seen") as caught:
+        rules.claim(record, heir, excludes=True)
+    assert "systemd-machine-id-setup" in caught.value.remedy
+    assert rules.claim(rules.broken(record), heir, excludes=True).generation == 3, "a person decided"
+    if boot:
+        same_kernel = evolve(heir, boot_id="b1")
+        assert rules.claim(record, same_kernel, excludes=True).generation == 2, "its lock proves it"
+
+
+def test_hosts_of_one_template_are_not_one_host() -> None:
+    record = rules.claim(Record("image"), A, excludes=True)
+    with pytest.raises(ImageInUse, match="machine a on host h1"):
+        rules.claim(record, evolve(A, incarnation="a2", host="h7", boot_id="b9"), excludes=True)
+
+
+@pytest.mark.parametrize(
+    ("heir", "held", "offered"),
+    [
+        (owner("a2", uuid="a"), True, False),
+        (owner("a2", uuid="a", boot="b9"), True, False),
+        (owner("c"), True, False),
+        (owner("c", boot="b9"), False, False),
+        (owner("a2", uuid="a", host="h2", boot="b2"), False, False),
+    ],
+)
+def test_a_lock_that_reaches_one_host(heir: Owner, held: bool, offered: bool) -> None:
+    """It proves the death of an owner on that host, but not that the other side of a teleport has not taken over."""
+    record = rules.claim(Record("image"), A, excludes=False, excludes_here=True)
+    for each, may in ((record, held), (rules.offer(record, A, 1, T1), offered)):
+        if may:
+            assert rules.claim(each, heir, excludes=False, excludes_here=True).generation == 2
+        else:
+            with pytest.raises(ImageInUse):
+                rules.claim(each, heir, excludes=False, excludes_here=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "identity"),
+    [
+        ({"/etc/machine-id": "0123456789abcdef" * 2}, "0123456789abcdef" * 2),
+        ({"/etc/machine-id": "uninitialized", "/var/lib/dbus/machine-id": "a" * 32}, "a" * 32),
+        ({"/etc/machine-id": "uninitialized"}, ""), ({"/etc/machine-id": "0" * 32}, ""),
+        ({"/etc/machine-id": "x"}, ""), ({}, ""),
+    ],
+)  # fmt: skip
+def test_the_identity_of_this_host(files: dict[str, str], identity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holder, "_first_line", lambda path: files.get(path, ""))
+    assert holder.this_owner("vm", "u").host_id == identity
 
 
 def test_only_the_teleport_that_it_was_offered_to() -> None:

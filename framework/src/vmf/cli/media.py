@@ -171,6 +171,7 @@ def change_medium(name: str, port: int, medium: str) -> None:
 def _look(drive: DriveConfig) -> int:
     """The size of the medium. Raises when it cannot be used so."""
     from vmf.storage.formats import require_raw
+    from vmf.storage.media import locks_warning
     from vmf.storage.uri import scheme_of
 
     if not drive.medium:
@@ -181,6 +182,8 @@ def _look(drive: DriveConfig) -> int:
             f"{drive.medium} cannot be written here: {info.why_read_only}.", "Change that, or attach it --read-only."
         )
     require_raw(info)
+    if drive.writable and (warning := locks_warning(info)):
+        click.echo(f"vmf: warning: {printable(warning)}", err=True)
     return info.size
 
 
@@ -243,6 +246,7 @@ def showmediuminfo(medium: str, as_json: bool) -> None:
         ("Writable here", writable),
         ("Lease", _lease_line(lease)),
         ("Lease kept in", lease.place),
+        ("Locks", f"reach this host only, as {info.local_locks}" if info.local_locks else ""),
         *(("Machine", f"{row['machine']} ({row['state']}), port {row['port']}, {row['type']}") for row in users),
     ]
     for key, value in rows:

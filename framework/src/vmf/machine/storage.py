@@ -34,6 +34,7 @@ from vmf.storage.base import ImageInfo, ImageMark, StorageDriver
 from vmf.storage.drive import Drive, DriveType
 from vmf.storage.formats import require_raw
 from vmf.storage.holder import Lease, read_record, this_owner
+from vmf.storage.media import locks_warning
 from vmf.storage.uri import scheme_of
 from vmf.teleport.check import Blocker
 
@@ -148,10 +149,11 @@ class MachineStorage:
             for slot in self.slots:
                 if slot.driver is None:
                     continue
-                slot.probe()
+                info = slot.probe()
                 if slot.writable and self._find_lease(slot, create=True):
                     assert slot.lease is not None
                     slot.lease.claim()
+                    self._warn(slot, info)
                 self._open(slot)
         except BaseException:
             self.close()
@@ -161,9 +163,14 @@ class MachineStorage:
         """For a machine that waits for a teleport: look at the media. What is wrong is said by `check`."""
         for slot in self.slots:
             try:
-                slot.probe()
+                self._warn(slot, slot.probe())
             except VmfError as error:
                 log.warning("%s: %s", slot.label, error)
+
+    @staticmethod
+    def _warn(slot: Slot, info: ImageInfo | None) -> None:
+        if info is not None and slot.writable and (text := locks_warning(info)):
+            log.warning("%s: %s", slot.label, text)
 
     def require_claimed(self) -> None:
         """Raise ConfigError for a drive that no device serves."""

@@ -81,6 +81,7 @@ class ImageInfo:
         format: "raw", or what the server says.
         looks_like: an image format ("qcow2") that the content shows (`vmf.storage.formats`) and that is not read here:
             the guest would see the file's bytes, not the disk in it; "" when there is none, or `format=raw` was given.
+        local_locks: why locks where its lease is kept reach this host only, a clause; "" where they reach all.
         where: for people: what it is and on what kind of storage ("file on nfs4").
     """
 
@@ -92,6 +93,7 @@ class ImageInfo:
     format: str = "raw"
     where: str = ""
     looks_like: str = ""
+    local_locks: str = ""
 
 
 class LeaseStore(ABC):
@@ -104,10 +106,14 @@ class LeaseStore(ABC):
         place: for people ("/srv/web.img.vmf-lease").
         excludes: `lock` keeps every other host out, and the system frees it when its holder dies. Without it (a
             record on a block device or an NBD export) only agreement between source and target decides.
+        excludes_here: it keeps out the other processes of this host, at least. True where `excludes` is.
+        weakness: why it does not exclude, a clause for people; "" where it does.
     """
 
     place: str
     excludes: bool
+    excludes_here: bool = False
+    weakness: str = ""
     shared_slowly: bool = False
 
     @abstractmethod
@@ -120,7 +126,10 @@ class LeaseStore(ABC):
 
     @abstractmethod
     def lock(self) -> bool:
-        """Try to get the exclusive lock and keep it; False when another holder has it. True when nothing excludes."""
+        """Try to get the exclusive lock and keep it; False when another holder has it. True when nothing excludes.
+
+        Raises StorageError. It may find out only here that nothing excludes.
+        """
 
     @abstractmethod
     def unlock(self) -> None:

@@ -15,6 +15,7 @@ lock works, the lock closes that gap: nobody else gets it while we live. docs/ex
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import threading
@@ -38,16 +39,25 @@ def this_owner(machine: str, uuid: str) -> Owner:
         machine=machine,
         uuid=uuid,
         host=socket.gethostname(),
-        host_id=_first_line("/etc/machine-id"),
+        host_id=_host_id(),
         boot_id=_first_line("/proc/sys/kernel/random/boot_id"),
         pid=os.getpid(),
     )
 
 
+def _host_id() -> str:
+    """The machine id (machine-id(5)); "" where there is none that could name a host."""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        found = _first_line(path)
+        if re.fullmatch(r"[0-9a-f]{32}", found) and rules.is_identity(found):
+            return found
+    return ""
+
+
 def _first_line(path: str) -> str:
     try:
         return Path(path).read_text().strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return ""
 
 
@@ -85,7 +95,8 @@ class Lease:
         self._lock()
         try:
             record = self._read()
-            self._hold(rules.claim(record, self._me, excludes=self.store.excludes, since=int(time.time())))
+            reach = {"excludes": self.store.excludes, "excludes_here": self.store.excludes_here}
+            self._hold(rules.claim(record, self._me, **reach, since=int(time.time())))
             if not self.store.excludes:
                 # Another machine may have read the same record before we wrote ours; it has written by now.
                 time.sleep(CHECK_EVERY_S)

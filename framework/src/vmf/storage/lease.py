@@ -55,7 +55,7 @@ class Owner:
         machine: its name.
         uuid: of its definition.
         host: the host's name, for people.
-        host_id: tells hosts apart; survives a reboot.
+        host_id: tells hosts apart; survives a reboot; "" where there is none.
         boot_id: of the running kernel; "" where it has none.
         pid: of the process.
     """
@@ -108,20 +108,31 @@ def _next(record: Record, **changes: Any) -> Record:
 # -- transitions: each returns the new record, or raises and nothing has happened -------------------------------
 
 
-def claim(record: Record, me: Owner, *, excludes: bool, since: int = 0) -> Record:
+def claim(record: Record, me: Owner, *, excludes: bool, excludes_here: bool = False, since: int = 0) -> Record:
     """A machine starts, and has got the store's lock: no living owner holds it (as far as the lock reaches).
 
-    Raises ImageInUse naming the owner when it cannot be proved dead: it was on another host, which may be cut off; or,
-    where nothing excludes, always.
+    Raises ImageInUse naming the owner when it cannot be proved dead: it was on another host, which may be cut off, or
+    on one that cannot be told from this one; or, where nothing excludes, always. A lock that reaches this host only
+    proves as much of an owner on this host, but says nothing of whom it offered the lease to.
     """
     owner = record.owner
     if record.standing is not Standing.FREE and owner is not None and owner.incarnation != me.incarnation:
         same_kernel = bool(me.boot_id) and owner.boot_id == me.boot_id
-        restarted = owner.uuid == me.uuid and owner.host_id == me.host_id
-        if not (excludes and (same_kernel or restarted)):
+        restarted = owner.uuid == me.uuid and is_identity(me.host_id) and same_host(owner, me)
+        reaches = excludes or (excludes_here and record.standing is Standing.HELD)
+        if not (reaches and (same_kernel or restarted)):
+            unknown = (
+                ""
+                if is_identity(me.host_id)
+                else (
+                    " This host has no machine id (/etc/machine-id), so after a restart it cannot be told from others:"
+                    " make one with `systemd-machine-id-setup`."
+                )
+            )
             raise ImageInUse(
                 f"{_what(record)}, and it cannot be seen from here whether it still runs.",
-                "If it does, teleport it. If it is gone for good, see `vmf media locks`, then `vmf media break-lock`.",
+                "If it does, teleport it. If it is gone for good, see `vmf media locks`, then `vmf media break-lock`."
+                + unknown,
             )
     return _next(
         record,
@@ -132,6 +143,16 @@ def claim(record: Record, me: Owner, *, excludes: bool, since: int = 0) -> Recor
         probe="",
         since=since,
     )
+
+
+def is_identity(host_id: str) -> bool:
+    """Whether it names a host: one that was never set up has none, or systemd's placeholder (machine-id(5))."""
+    return host_id not in ("", "uninitialized") and bool(host_id.strip("0"))
+
+
+def same_host(one: Owner, other: Owner) -> bool:
+    """Whether both were on one host. Hosts made from one template may have the same machine id, so names count, too."""
+    return (one.host_id, one.host) == (other.host_id, other.host)
 
 
 def verify(record: Record, me: Owner, generation: int) -> None:

@@ -79,6 +79,17 @@ def inspect(registry: Drivers, medium: str) -> tuple[ImageInfo, LeaseView]:
     return registry.storage(scheme_of(uri)).probe(uri), lease_of(registry, uri)
 
 
+def locks_warning(info: ImageInfo) -> str:
+    """What to tell of an image whose lease is kept where locks reach this host only; "" where they reach all."""
+    if not info.local_locks:
+        return ""
+    return (
+        f"Locks on {info.uri} reach this host only, as {info.local_locks}. Its lease cannot decide between two hosts:"
+        " after a crash another host needs `vmf media break-lock`, and an interrupted teleport waits for a person."
+        " Mount its storage with locks (docs/how-to/shared-storage.md)."
+    )
+
+
 def lease_of(registry: Drivers, medium: str) -> LeaseView:
     """Who has a medium. Never waits for its owner."""
     store = _store(registry, medium)

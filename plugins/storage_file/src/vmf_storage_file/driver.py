@@ -5,7 +5,7 @@
 
 Locks on an image: whoever writes it holds an exclusive one on the byte `IMAGE_LOCK`, whoever reads it a shared one.
 They back the lease up: should somebody delete the lease file, they still exclude; and NFS fails the I/O of a client
-whose locks it has lost.
+whose locks it has lost. QEMU and its tools are kept out by their own locks (`qemulocks`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shlex
 import stat
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
 from vmf.storage import formats
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, ImageMark, LeaseStore, StorageDriver, StorageImage
 from vmf.storage.uri import file_path, split_options
-from vmf_storage_file import kernel
+from vmf_storage_file import kernel, mounts, qemulocks
 from vmf_storage_file.image import FileImage, explain
 from vmf_storage_file.leasefile import SUFFIX, LeaseFile
 
@@ -37,11 +38,12 @@ class FileDriver(StorageDriver):
     scheme = "file"
 
     def probe(self, uri: str) -> ImageInfo:
-        path, _ = _parse(uri)
+        path, place = _parse(uri)
         descriptor = _open(path, os.O_RDONLY)
         try:
             size = _size(path, descriptor)
             regular = _is_file(descriptor)
+            kept_in = os.path.dirname(place) if place else path if regular else ""
             why = ""
             if not os.access(path, os.W_OK, effective_ids=True):
                 read_only_there = os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
@@ -55,6 +57,7 @@ class FileDriver(StorageDriver):
                 writable=not why,
                 why_read_only=why,
                 where=f"file on {kernel.file_system(descriptor)}" if regular else "block device",
+                local_locks=mounts.local_locks_at(kept_in) if kept_in else "",
                 looks_like="" if _declared_raw(uri) else _looks_like(descriptor),
             )
         finally:
@@ -65,17 +68,7 @@ class FileDriver(StorageDriver):
         descriptor = _open(path, os.O_RDONLY if read_only else os.O_RDWR)
         try:
             size = _size(path, descriptor)
-            try:
-                locked = kernel.lock(descriptor, IMAGE_LOCK, exclusive=not read_only)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                    raise explain(path, "locked", error) from error
-                locked = True  # a file system without locks: the lease's record alone decides
-            if not locked:
-                raise ImageInUse(
-                    f"{path} is {'written' if read_only else 'used'} by another machine or program.",
-                    "`vmf media locks` shows by which. Stop that one first.",
-                )
+            _lock(path, descriptor, exclusive=not read_only)
             if not _is_file(descriptor):
                 # Another host may have written since this one read: a file system looks at the server when a file is
                 # opened, a block device does not, as long as any program here has it open.
@@ -106,8 +99,9 @@ class FileDriver(StorageDriver):
         descriptor = _open(path, os.O_RDONLY)
         number = secrets.randbits(40)
         try:
-            # Locks on a block device reach nobody on another host.
-            if _is_file(descriptor) and kernel.lock(descriptor, MARKS + number, exclusive=False):
+            # Where locks reach this host only, another one would not see it.
+            local = not _is_file(descriptor) or mounts.local_locks(*mounts.mount_of(descriptor))
+            if not local and kernel.lock(descriptor, MARKS + number, exclusive=False):
                 return _LockMark(f"lock:{number}", descriptor)
         except OSError:
             pass  # no locks there
@@ -145,6 +139,7 @@ class FileDriver(StorageDriver):
         except OSError as error:
             raise explain(path, "made", error) from error
         try:
+            kernel.let_group_write(descriptor)
             os.ftruncate(descriptor, size)
         except OSError as error:
             os.unlink(path)
@@ -174,6 +169,27 @@ class FileDriver(StorageDriver):
             raise explain(path, f"copied to {target}", error) from error
         finally:
             os.close(source)
+
+
+def _lock(path: str, descriptor: int, *, exclusive: bool) -> None:
+    """Keep other machines and QEMU's programs out until the descriptor is closed. Raises ImageInUse, StorageError."""
+    used = "used" if exclusive else "written"
+    try:
+        if not kernel.lock(descriptor, IMAGE_LOCK, exclusive=exclusive):
+            raise ImageInUse(
+                f"{path} is {used} by another machine.", "`vmf media locks` shows by which. Stop that one first."
+            )
+        if mounts.mount_of(descriptor)[0] not in mounts.MANDATORY and not qemulocks.take(
+            descriptor, exclusive=exclusive
+        ):
+            raise ImageInUse(
+                f"{path} is {used} by another program: QEMU or one of its tools has locked it.",
+                f"Stop that one first; on its host `fuser -v {shlex.quote(path)}` names it.",
+            )
+    except OSError as error:
+        if error.errno not in kernel.NO_LOCKS:
+            raise explain(path, "locked", error) from error
+        # A file system without locks: the lease's record alone decides.
 
 
 class _LockMark(ImageMark):

@@ -17,12 +17,25 @@ import threading
 
 from vmf.errors import StorageError
 from vmf.storage.base import AREA_SIZE, LeaseStore
-from vmf_storage_file import kernel
+from vmf_storage_file import kernel, mounts
 from vmf_storage_file.image import explain
 
 SUFFIX = ".vmf-lease"
 LOCK = 1 << 61
 """The byte that is locked."""
+
+
+def _open(path: str, *, create: bool) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if create:
+        try:
+            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o660)
+        except FileExistsError:
+            pass
+        else:
+            kernel.let_group_write(made)
+            return made
+    return os.open(path, flags)
 
 
 class LeaseFile(LeaseStore):
@@ -31,12 +44,11 @@ class LeaseFile(LeaseStore):
     def __init__(self, path: str, *, create: bool) -> None:
         """Raises FileNotFoundError unless it is there or is to be made; StorageError when it cannot be used."""
         self.place = path
-        self.excludes = True
         self._locked = False
         self._reading = threading.Lock()
         self._direct = -1
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o660)
+            self._descriptor = _open(path, create=create)
             self._writable = True
         except FileNotFoundError:
             raise
@@ -51,7 +63,9 @@ class LeaseFile(LeaseStore):
                 self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as unreadable:
                 raise StorageError(f"the lease {path} cannot be read: {unreadable.strerror}.") from unreadable
-        self.shared_slowly = kernel.file_system(self._descriptor) in kernel.NETWORKED
+        self.weakness = mounts.local_locks(*mounts.mount_of(self._descriptor))
+        self.excludes, self.excludes_here = not self.weakness, True
+        self.shared_slowly = bool(self.weakness) or kernel.file_system(self._descriptor) in kernel.NETWORKED
         if self.shared_slowly:
             try:
                 self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -98,9 +112,10 @@ class LeaseFile(LeaseStore):
             if not kernel.lock(self._descriptor, LOCK, exclusive=True):
                 return False
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in kernel.NO_LOCKS:
                 raise explain(self.place, "locked", error) from error
-            self.excludes = False
+            self.excludes = self.excludes_here = False
+            self.weakness = self.weakness or f"its file system has no locks ({error.strerror})"
             return True
         self._locked = True
         if not self._in_place():
@@ -115,7 +130,7 @@ class LeaseFile(LeaseStore):
             kernel.unlock(self._descriptor, LOCK)
 
     def still_locked(self) -> bool:
-        return not self.excludes or (self._locked and os.fstat(self._descriptor).st_nlink > 0)
+        return not self.excludes_here or (self._locked and os.fstat(self._descriptor).st_nlink > 0)
 
     def _in_place(self) -> bool:
         try:
