@@ -306,11 +306,11 @@ def test_an_unreachable_peer_prevents_the_start(hosts: tuple[Host, Host], builti
 def test_linux_sees_what_was_negotiated_and_counts_by_the_tsc(
     shell: MachineConfig, registry: PluginRegistry, peer: CpuidTable, vendor: str, has: str, lacks: str
 ) -> None:
-    """An AMD contract needs the TSC's rate on the command line: else Linux counts jiffies, and loses time."""
+    """Whatever the user's command line: an AMD contract needs the TSC's rate on it, else Linux counts jiffies."""
     khz = registry.cpu_backend("unicorn").tsc_khz()
     output = bytearray()
     with waiting(shell, registry, Capability(peer, khz, False, "kvm")) as port:
-        config = evolve(shell, cmdline=None, cpuid=CpuidConfig("auto", peers=(f"127.0.0.1:{port}",)))
+        config = evolve(shell, cmdline="console=ttyS0", cpuid=CpuidConfig("auto", peers=(f"127.0.0.1:{port}",)))
         with Machine(config, registry) as machine:
             machine.console.add_listener(output.extend)
             machine.start()

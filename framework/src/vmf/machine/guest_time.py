@@ -38,6 +38,8 @@ _READINGS = 8
 _SETTINGS = 16
 _SYSTEMATIC_NS = 100_000
 """By what setting is always late, at most; more than that was the scheduler."""
+_BAD_LUCK = 6
+"""So often at most does the scheduler come in between."""
 
 _SUSPEND_NS = 10_000_000
 """CLOCK_BOOTTIME has got ahead by more than this: the host was suspended."""
@@ -182,10 +184,11 @@ def set_tsc(
 ) -> None:
     """Make a TSC that counts `khz` show `tsc_at(host_ns)` from now on.
 
-    A written value counts from an unknown instant within the write; so what came of it is read, and written again until
-    it is right. What is wrong by a little is wrong each time, and made up for; what is wrong by much was bad luck.
+    A written value counts from an unknown instant within the write; so what came of it is read, and written again
+    until it is right. What is wrong by a little is wrong each time, and made up for; what is wrong by much was bad
+    luck, or it is a TSC that cannot be set.
     """
-    correction = 0
+    correction = bad = 0
     for _ in range(_SETTINGS):
         write(tsc_at(host_now()) + correction)
         host_ns, tsc = read_tsc(read, host_now)
@@ -195,3 +198,5 @@ def set_tsc(
             return
         if behind_ns <= _SYSTEMATIC_NS:
             correction += behind
+        elif (bad := bad + 1) == _BAD_LUCK:
+            return
