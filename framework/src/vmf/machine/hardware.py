@@ -288,7 +288,7 @@ class Hardware:
         self.thread.call(reset)
 
     def run(self) -> None:
-        """Let the vCPU run; guest time goes on from where it stood, or where it would be by now, as `halt` was told."""
+        """Let the vCPU run; its time continues from where it stood, or where it would be by now, as `halt` was told."""
 
         def run() -> None:
             self.held = False
@@ -303,7 +303,7 @@ class Hardware:
 
         Guest time stands still from this very instant on: whatever is read of the machine from then on is as it was
         when the vCPU stopped. Raises StateError when a device does not come to rest (its storage does not answer);
-        then the guest goes on, and no time was lost.
+        then the guest runs as before, and no time was lost.
 
         Args:
             freeze_time: the guest does not see the time until `run` pass (a user's pause); otherwise `run` adds it

@@ -1,9 +1,9 @@
 """Timers on guest time; touched on the vCPU thread only.
 
 A pass (`TimerQueue.run_due`) fires what was due when it began, each timer once: what a callback arms is for a later
-pass, so that a pass ends, and whoever wants to stop the machine comes in between. A timer that is armed again in the
-past, by a device with a fault or one that cannot keep up, fires a little later than now, so that the guest gets on in
-between, too; a device that does so again and again is named in the log.
+pass. So a pass ends, and requests to stop the machine come in between. A timer that is armed again in the past, by a
+device with a fault or one that cannot keep up, fires a little later than now, so that the guest runs in between, too.
+The log names a device that does so again and again.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TimerQueue:
             timer._late += 1
             if timer._late == TOO_LATE:
                 log.warning(
-                    "%s has armed its timer in the past %d times in a row: the guest hardly gets on. "
+                    "%s has armed its timer in the past %d times in a row, which slows the guest down. "
                     "This is a fault of that device; report it to its author.",
                     owner_of(timer._callback),
                     TOO_LATE,
