@@ -41,11 +41,11 @@ def test_a_periodic_interrupt_keeps_its_rate_exactly(pc: Any, mode: int) -> None
     assert pc.timers.next_deadline() == ns_of((edges + 1) * 4772)
 
 
-def take(pc: Any, seconds: float) -> int:
-    """A guest that answers within a millisecond: interrupts in that time."""
+def take(pc: Any, seconds: float, within_ms: int = 1) -> int:
+    """A guest that answers within so many milliseconds: interrupts in that time."""
     ticks = 0
-    for _ in range(int(seconds * 1000)):
-        pc.run_for(SECOND // 1000)
+    for _ in range(int(seconds * 1000) // within_ms):
+        pc.run_for(within_ms * SECOND // 1000)
         ticks += len(pc.interrupts())
     return ticks
 
@@ -66,13 +66,13 @@ def test_no_interrupt_of_a_guest_that_counts_them_is_lost(pc: Any, mode: int, se
 
 
 def test_late_interrupts_come_one_by_one(pc: Any) -> None:
-    """A teleport adds half a second: no storm, but four times the rate until the guest has caught up."""
+    """A teleport adds half a second: no storm, but twice the rate until the guest has caught up."""
     pc.init_pics()
     program(pc, 0, 2, 11932)  # 100 Hz
     pc.advance(SECOND // 2)
     assert pc.interrupts() == [0x30]
-    assert take(pc, 0.1) in (39, 40, 41)
-    take(pc, 0.4)
+    assert take(pc, 0.1) in (19, 20, 21)
+    take(pc, 0.6)
     assert take(pc, 1) == 100
 
 
@@ -80,8 +80,8 @@ def test_interrupts_that_are_too_old_are_lost(pc: Any) -> None:
     pc.init_pics()
     program(pc, 0, 2, 0)
     pc.advance(10 * 3600 * SECOND)
-    ticks = take(pc, 300)
-    owed = (OLDEST_NS + 300 * SECOND) // ns_of(0x10000)
+    ticks = take(pc, 800, within_ms=10)  # 36 ticks a second
+    owed = (OLDEST_NS + 800 * SECOND) // ns_of(0x10000)
     assert abs(ticks - owed) <= 2
 
 

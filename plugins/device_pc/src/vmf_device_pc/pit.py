@@ -39,8 +39,8 @@ PIT_IRQ = 0
 REFRESH_NS = 15_085
 """Half period of the DRAM refresh signal that bit 4 of port 0x61 shows."""
 
-CATCH_UP = 4
-"""By so much faster than they are due do late edges come."""
+CATCH_UP = 2
+"""By so much faster than they are due do late edges come: more would take a slow guest's time for anything else."""
 FASTEST_NS = 200_000
 """Edges with a shorter period may be lost: a guest that wants that many cannot be owed any."""
 OLDEST_NS = 600 * NS
