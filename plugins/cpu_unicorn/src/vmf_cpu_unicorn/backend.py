@@ -41,7 +41,8 @@ class UnicornBackend(CpuBackend):
             return Availability(False, error.message, error.remedy)
         except Exception as error:  # noqa: BLE001 - never raises: whatever is wrong is a reason, not a crash
             return Availability(False, f"The Unicorn engine cannot be used: {type(error).__name__}: {error}.")
-        return Availability(True, version=f"{library.version} ({gate} gate)")
+        floats = "host" if library.host_floats else "engine's"
+        return Availability(True, version=f"{library.version} ({gate} gate, {floats} floating point)")
 
     def cpuid_capability(self) -> CpuidTable:
         return cpuid.capability(self.tsc_khz(), ADDRESS_BITS)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vmf.errors import BackendUnavailable, MachineError
+from vmf_cpu_unicorn import host_floats
 
 REQUIRED_VERSION = "2.1.4"
 """Unexported fields are used, so the version is pinned; see layout.py."""
@@ -59,6 +60,12 @@ STORE_INTERNALS = (
     "helper_ret_stb_mmu", "helper_le_stw_mmu", "helper_le_stl_mmu", "helper_le_stq_mmu",
     "tlb_reset_dirty_by_vaddr", "tlb_set_dirty", "tb_invalidate_phys_range", "qemu_ram_addr_from_host",
 )  # fmt: skip
+# What the replaced floating-point helpers call, and by what the self-test knows their fields.
+FLOAT_INTERNALS = (
+    "helper_fmov_ST0_FT0", "helper_fninit",
+    "raise_exception_ra", "raise_exception_err_ra", "cpu_lduw_data_ra",
+    "cpu_ldl_data_ra", "cpu_ldq_data_ra", "cpu_stw_data_ra", "cpu_stl_data_ra", "cpu_stq_data_ra",
+)  # fmt: skip
 
 
 class Library:
@@ -69,6 +76,7 @@ class Library:
         quick: the same library, called without releasing the GIL (for calls far shorter than that costs).
         address: entry points by name without suffix, public and internal ones.
         version: "2.1.4".
+        host_floats: floating point is computed by the host's processor; see host_floats.py.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +92,7 @@ class Library:
                 _REINSTALL,
             )
         self.address: dict[str, int] = {}
-        for name in (*INTERNALS, *STORE_INTERNALS):
+        for name in (*INTERNALS, *STORE_INTERNALS, *FLOAT_INTERNALS):
             try:
                 self.address[name] = self._address(f"{name}_x86_64")
             except AttributeError:
@@ -95,6 +103,8 @@ class Library:
         for name in ("uc_emu_start", "uc_emu_stop"):
             self.address[name] = self._address(name)
         self._declare()
+        # Before the first engine is opened: each one copies the table of helpers.
+        self.host_floats = host_floats.install(self.api._handle, self.address)
 
     def _address(self, name: str) -> int:
         value = ctypes.cast(getattr(self.api, name), c_void_p).value

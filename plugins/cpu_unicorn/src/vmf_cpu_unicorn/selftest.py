@@ -63,6 +63,13 @@ def _verify_code(library: Library) -> None:
         ("SS flags", at.SEGS + 2 * at.SEGMENT_SIZE + 20), ("eflags", at.EFLAGS), ("cr0", at.CR), ("hflags", at.HFLAGS)
     ):  # fmt: skip
         _expect(struct.pack("<I", offset) in code, f"{name} lies elsewhere")
+    for helper, fields in (
+        ("helper_fmov_ST0_FT0", {"FT0": at.FT0, "the x87 registers": at.FPREGS, "the x87 stack pointer": at.FPSTT}),
+        ("helper_fninit", {"FPU CS and DS": at.FPCS, "FPU IP and DP": at.FPIP, "the x87 tags": at.FPTAGS}),
+    ):
+        code = ctypes.string_at(library.address[helper], 64)
+        for name, offset in fields.items():
+            _expect(struct.pack("<I", offset) in code, f"{name} lies elsewhere")
     code = ctypes.string_at(library.address["cpu_loop_exit"], 64)
     _expect(struct.pack("<I", at.CPU_HALTED + 4) in code, "can_do_io lies elsewhere")  # the next field
 
