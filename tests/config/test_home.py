@@ -41,7 +41,7 @@ def test_definitions_are_private_and_come_back(home: Home) -> None:
     home.update("vm", lambda old: attrs.evolve(old, memory_mib=32))
     assert home.load("vm").memory_mib == 32
     assert home.names() == ["vm"]
-    assert sorted(each.name for each in path.parent.iterdir()) == ["lock", "machine.toml"]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["identity.json", "lock", "machine.toml"]
 
 
 def test_name_taken_unknown_and_renamed(home: Home) -> None:
@@ -67,7 +67,8 @@ def test_unregister(home: Home, delete: bool) -> None:
     assert home.names() == []
     assert (kept is None) is delete
     if kept is not None:
-        assert "memory_mib = 16" in kept.read_text()
+        assert "memory_mib = 16" in (kept / "machine.toml").read_text()
+        assert not home.paths("vm").directory.exists()
     else:
         assert not home.paths("vm").definition.parent.exists()
     with pytest.raises(NotFoundError):
@@ -175,7 +176,8 @@ def test_disk_trouble_is_named_and_nothing_is_lost(
             home.update("vm", lambda old: attrs.evolve(old, memory_mib=99))
     assert caught.value.remedy
     assert home.load("vm").memory_mib == 16
-    assert sorted(each.name for each in home.paths("vm").directory.iterdir()) == ["lock", "machine.toml"]
+    left = sorted(each.name for each in home.paths("vm").directory.iterdir())
+    assert left == ["identity.json", "lock", "machine.toml"]
 
 
 def test_read_only_home(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "createvm": ("vmf.cli.define", "createvm", "Define a new machine."),
     "modifyvm": ("vmf.cli.define", "modifyvm", "Change a machine's definition."),
     "unregistervm": ("vmf.cli.register", "unregistervm", "Forget a machine."),
+    "registervm": ("vmf.cli.register", "registervm", "Bring back a machine that was unregistered."),
     "unlockvm": ("vmf.cli.register", "unlockvm", "Give up a machine's process on a host that is gone for good."),
     "startvm": ("vmf.cli.start", "startvm", "Start a machine, or let it wait for a teleport."),
     "controlvm": ("vmf.cli.controlvm", "controlvm", "Pause, resume, reset, power off or teleport a running machine."),

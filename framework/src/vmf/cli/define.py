@@ -95,16 +95,24 @@ def createvm(name: str, memory: int, **options: Any) -> None:
     settings, cpuid = _settings(options), _cpuid(CpuidConfig(), options)
     teleporter = apply(prepare(waiting), TeleporterConfig())
     config = MachineConfig(name=name, memory_mib=memory, cpuid=cpuid, teleporter=teleporter, **settings)
-    home().create(config)
+    aside = home().create(config)
     say(f"Machine '{name}' is defined (UUID {config.uuid}).")
+    if aside is not None:
+        say(f"What an earlier machine '{name}' had left there is in {aside}.")
 
 
 @click.command()
 @machine_argument
 @click.option("--memory", type=int, metavar="MIB", help="Guest memory in MiB.")
+@click.option(
+    "--uuid",
+    type=click.Choice(["new", "keep"]),
+    help="Of a machine whose directory was copied: new makes it a machine of its own, keep says that the other one is "
+    "gone and this is the machine now.",
+)
 @_hardware_options
 @teleporter_options
-def modifyvm(name: str, memory: int | None, **options: Any) -> None:
+def modifyvm(name: str, memory: int | None, uuid: str | None, **options: Any) -> None:
     """Change the definition of machine NAME, which must not be running.
 
     Settings that are not given stay as they are; `none` takes a file (or the command line) out. --cpuid-set,
@@ -119,6 +127,7 @@ def modifyvm(name: str, memory: int | None, **options: Any) -> None:
       vmf modifyvm web --initrd none
       vmf modifyvm web --cpuid-portability-level 3 --cpuid-set aes
       vmf modifyvm web --teleport-peer none --cpuid-portability-level 0
+      vmf modifyvm copy-of-web --uuid new
     """
     import attrs
 
@@ -128,7 +137,13 @@ def modifyvm(name: str, memory: int | None, **options: Any) -> None:
     if memory is not None:
         changes["memory_mib"] = memory
     waiting = take(options)
-    if not changes and not waiting and not any(options[key] for key in _CPUID_OPTIONS):
+    nothing = not changes and not waiting and not any(options[key] for key in _CPUID_OPTIONS)
+    if uuid is not None:
+        config = home().reidentify(name, new=uuid == "new")
+        say(f"Machine '{name}' has the UUID {config.uuid}.")
+        if nothing:
+            return
+    if nothing:
         raise click.UsageError("Nothing to change: give at least one option.", click.get_current_context())
     prepared = prepare(waiting)
 

@@ -30,6 +30,8 @@ def showvminfo(name: str, as_json: bool) -> None:
       vmf showvminfo web
       vmf showvminfo web --json
     """
+    from vmf.machine.identity import strangers
+
     where = home()
     config = where.load(name)
     paths = where.paths(name)
@@ -46,6 +48,7 @@ def showvminfo(name: str, as_json: bool) -> None:
             "live": live,
             "last_run": last,
             "explanation": why,
+            "not_its_own": [str(path) for path in strangers(paths.directory)],
             "definition": str(paths.definition),
             "console_log": str(paths.console_log),
             "vmm_log": str(paths.vmm_log),
@@ -61,6 +64,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Failure", live.get("failure")),
         ("Last run", last.get("detail") if state != "aborted" else ""),
         ("UUID", config.uuid),
+        *(("Not its own", path) for path in strangers(paths.directory)),
         ("Description", config.description),
         ("Memory", f"{config.memory_mib} MiB"),
         ("CPU backend", config.cpu_backend),
@@ -109,6 +113,8 @@ def _explain(where: Home, name: str, state: str) -> str:
             f"it was started on host {printable(seen.left.host)}, and nothing here tells whether it still runs there: "
             f"use vmf there, or, if that host is gone for good, `vmf unlockvm {name}`"
         )
+    if copied := _copied_from(where, name):
+        return copied
     if state == "aborted":
         from vmf.machine import death
 
@@ -116,6 +122,20 @@ def _explain(where: Home, name: str, state: str) -> str:
         if seen.left is not None:
             why = death.explain(seen.left, where.paths(name).vmm_log)
         return f"{why}; `vmf startvm {name}` starts it anew"
+    return ""
+
+
+def _copied_from(where: Home, name: str) -> str:
+    """That a machine's directory is a copy, with the remedy."""
+    from vmf.errors import InvalidStateError
+    from vmf.machine import identity
+
+    paths = where.paths(name)
+    uuid = identity.uuid_in(paths.definition)
+    try:
+        identity.refuse_copy(name, paths.directory, uuid, where.twins(name, uuid))
+    except InvalidStateError as error:
+        return str(error)
     return ""
 
 

@@ -97,6 +97,7 @@ def run_machine_process(
     watcher = observer if observer is not None else Observer()
     # Late, as they need what only teleports need, and `vmf startvm --help` does not.
     from vmf.machine.doubt import refuse_in_doubt
+    from vmf.machine.identity import strangers
     from vmf.machine.journal import FileJournal, clear_interrupted
 
     with home.tenure(name) as tenure, MachineLog(tenure.paths.vmm_log, name) as vmm_log:
@@ -110,6 +111,8 @@ def run_machine_process(
             else:  # what only waits can make no second copy
                 refuse_in_doubt(home, name)
             clear_interrupted(home, name)
+            for stranger in strangers(paths.directory):
+                watcher.notice(f"warning: {stranger} is of another machine than '{name}' and is not used.")
             machine = (make_machine or _real_machine)(config, lambda problem: watcher.notice(f"warning: {problem}"))
             if isinstance(machine, WritesJournal):
                 machine.use_journal(FileJournal(home, name))

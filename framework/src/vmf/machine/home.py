@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import time
+import uuid as uuidlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,13 +36,14 @@ from attrs import frozen
 from vmf import directories
 from vmf.errors import ConfigError, NotFoundError
 from vmf.machine import config as configuration
-from vmf.machine import death
+from vmf.machine import death, identity, shelf
 from vmf.machine import lock as locks
 from vmf.machine.config import MachineConfig
 from vmf.machine.files import HomeError as HomeError
 from vmf.machine.files import explained as explained
 from vmf.machine.files import private_directory as private_directory
 from vmf.machine.files import write_atomically as write_atomically
+from vmf.machine.identity import Owner
 from vmf.machine.lock import Holder, MachineLock, Sight
 
 LOCK_SECONDS = 10.0
@@ -85,11 +87,11 @@ class MachinePaths:
 class Tenure:
     """What the process that runs a machine has of its home: the machine's lock, and a place for its sockets."""
 
-    def __init__(self, lock: MachineLock, paths: MachinePaths, spare_runtime: Path) -> None:
+    def __init__(self, lock: MachineLock, paths: MachinePaths, spare_runtime: Path, uuid: str) -> None:
         self.paths = paths
         self._lock = lock
         self._spare_runtime = spare_runtime
-        self._holder = Holder.this_process(locks.RUN)
+        self._holder = Holder.this_process(locks.RUN, uuid=uuid)
 
     def settle(self) -> None:
         """Make the directory of the sockets, and say in the lock where it is. Raises HomeError.
@@ -166,7 +168,7 @@ class Home:
         return sorted(name for name in found if self.paths(name).definition.is_file())
 
     def load(self, name: str) -> MachineConfig:
-        """Raises NotFoundError, or ConfigError naming file and key."""
+        """Raises NotFoundError, or ConfigError naming file and key. A definition without a UUID gets one."""
         path = self.paths(name).definition
         try:
             config = configuration.load(path)
@@ -174,12 +176,22 @@ class Home:
             raise self._not_found(name) from None
         if config.name != name:
             raise ConfigError(
-                f'{path}: name = "{config.name}" does not agree with its directory.', f'Write name = "{name}".'
+                f'{path}: name = "{config.name}" does not agree with its directory.',
+                f"Is it a copy? `vmf modifyvm {name} --uuid new` makes it a machine of its own. "
+                f'Was it renamed? Write name = "{name}".',
             )
+        if not identity.uuid_in(path):
+            with suppress(HomeError), self._locked():
+                if not identity.uuid_in(path):  # written by hand: it is the same machine at every look
+                    write_atomically(path, f'uuid = "{config.uuid}"\n{path.read_text("utf-8")}')
+            config = configuration.load(path)
         return config
 
-    def create(self, config: MachineConfig) -> None:
-        """Define a new machine. Raises ConfigError when the name is taken."""
+    def create(self, config: MachineConfig) -> Path | None:
+        """Define a new machine. Raises ConfigError when the name is taken.
+
+        Returns where the remains of an earlier machine of that name were set aside; None when there were none.
+        """
         with self._locked():
             path = self.paths(config.name).definition
             if path.exists():
@@ -187,36 +199,62 @@ class Home:
                     f"There is a machine '{config.name}' already.",
                     f"Choose another name, or remove it with `vmf unregistervm {config.name} --delete`.",
                 )
-            self._write(config)
+            aside = shelf.clear(self, config.name)
+            self.write(config)
+            return aside
 
     def update(self, name: str, change: Callable[[MachineConfig], MachineConfig]) -> MachineConfig:
         """Replace a definition by what `change` makes of it; refuses while the machine runs."""
+        self.load(name)  # before the lock, which it may need itself
         with self._locked(), self.changing(name, "modify", "modified"):
             old = self.load(name)
             new = change(old)
             if new.name != name:
                 raise ConfigError(f"The name of machine '{name}' cannot be changed.", "Create another machine.")
-            self._write(new)
+            self.write(new)
             return new
 
     def unregister(self, name: str, *, delete: bool = False) -> Path | None:
-        """Forget a machine; with `delete` its definition and logs too, else the definition is kept aside.
+        """Forget a machine: set its directory aside, or delete it. Images and kernels are never touched.
 
-        Returns where the definition was kept. Images and kernels are never touched.
+        Returns where its directory is now, or, with `delete`, what was in it and is of other machines; None for
+        nothing. Raises InvalidStateError when it runs, or when deleting it would lose a guest's memory or a doubt.
         """
-        with self._locked(), self.changing(name, "unregister", "unregistered") as paths:
-            kept = paths.definition.with_name("machine.toml.unregistered")
-            try:
-                if delete:
-                    # The definition first: a removal that is cut short leaves no half machine behind.
-                    paths.definition.unlink()
-                    shutil.rmtree(paths.definition.parent)
-                else:
-                    os.replace(paths.definition, kept)
-                shutil.rmtree(paths.runtime, ignore_errors=True)
-            except OSError as error:
-                raise explained(error, paths.definition.parent) from error
-            return None if delete else kept
+        with self._locked(), self.changing(name, "unregister", "unregistered", strict=False) as paths:
+            if delete:
+                shelf.refuse_loss(self, name)
+            place = shelf.set_aside(self, paths.directory, name, identity.uuid_in(paths.definition))
+            shutil.rmtree(paths.runtime, ignore_errors=True)
+            return shelf.delete(self, place) if delete else place
+
+    def register(self, path: Path, name: str | None = None) -> MachineConfig:
+        """Bring back a machine that was set aside, or take a definition file. Raises VmfError."""
+        with self._locked():
+            return shelf.bring_back(self, path, name)
+
+    def reidentify(self, name: str, *, new: bool) -> MachineConfig:
+        """Settle whose a directory is that was copied: a new machine's, or the machine's itself from now on.
+
+        Raises InvalidStateError when it runs, when the other one is still here, or when a machine that is no copy would
+        lose its snapshots or a doubt.
+        """
+        with self._locked(), self._taken(name, "modified", strict=False):
+            paths = self.paths(name)
+            old = configuration.load(paths.definition)
+            source, twins = identity.original(paths.directory, old.uuid), self.twins(name, old.uuid)
+            if new:
+                if source is None and not twins:
+                    shelf.refuse_orphans(self, name)
+                config = attrs.evolve(old, name=name, uuid=str(uuidlib.uuid4()))
+            else:
+                identity.refuse_both(name, paths.directory, source, twins)
+                config = attrs.evolve(old, name=name)
+            self.write(config, adopt=not new)
+            return config
+
+    def twins(self, name: str, uuid: str) -> list[str]:
+        """Other machines of this home with that UUID."""
+        return [each for each in self.names() if each != name and identity.uuid_in(self.paths(each).definition) == uuid]
 
     def _not_found(self, name: str) -> NotFoundError:
         import difflib
@@ -226,18 +264,25 @@ class Home:
         remedy = f"Did you mean {close[0]}?" if close else f"Create it with `vmf createvm {name} ...`."
         return NotFoundError(f"There is no machine '{name}' in {self.data}.", remedy)
 
-    def _write(self, config: MachineConfig) -> None:
+    def write(self, config: MachineConfig, *, identify: bool = True, adopt: bool = True) -> None:
+        """Replace or make a definition, whatever there is; only with the home locked. Raises HomeError.
+
+        `identify`: the directory is that machine's from now on; `adopt`: with what an earlier vmf left in it.
+        """
         path = self.paths(config.name).definition
         text = configuration.dump(config)
         private_directory(path.parent.parent)
         new = not path.parent.exists()
         private_directory(path.parent)
         try:
+            if new and identify:
+                identity.write(path.parent, config.uuid)
             write_atomically(path, text)
+            if identify:
+                identity.write(path.parent, config.uuid, adopt=adopt)
         except HomeError:
             if new:  # no half machine behind
-                with suppress(OSError):
-                    path.parent.rmdir()
+                shutil.rmtree(path.parent, ignore_errors=True)
             raise
 
     @contextmanager
@@ -285,7 +330,9 @@ class Home:
             found = json.loads(self.paths(name).last.read_text("utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        paths = self.paths(name)
+        own = isinstance(found, dict) and Owner.of(paths.directory).owns(paths.last, found.get("uuid"))
+        return found if own else {}
 
     def resting_state(self, name: str) -> str:
         """The state of a machine that has no process.
@@ -324,7 +371,7 @@ class Home:
         paths = self.paths(name)
         with self._taken(name) as lock:
             private_directory(paths.logs)
-            tenure = Tenure(lock, paths, self.data / "run" / name)
+            tenure = Tenure(lock, paths, self.data / "run" / name, identity.uuid_in(paths.definition))
             tenure.settle()
             for stale in tenure.paths.sockets:
                 stale.unlink(missing_ok=True)
@@ -335,18 +382,20 @@ class Home:
                     ours.unlink(missing_ok=True)
 
     @contextmanager
-    def changing(self, name: str, doing: str, action: str = "") -> Iterator[MachinePaths]:
+    def changing(self, name: str, doing: str, action: str = "", *, strict: bool = True) -> Iterator[MachinePaths]:
         """Have the lock of a machine that does not run, so that nobody starts it while it is changed.
 
-        `doing` is what others are told meanwhile, `action` what a running one "cannot be". Raises InvalidStateError.
+        `doing` is what others are told meanwhile, `action` what a running one "cannot be"; `strict` refuses a copy.
+        Raises InvalidStateError.
         """
-        with self._taken(name, action) as lock:
+        with self._taken(name, action, strict=strict) as lock:
             with suppress(OSError):  # on a full disk, say: only others' messages are poorer for it
                 lock.write(Holder.this_process(doing))
             yield self.paths(name)
 
     @contextmanager
-    def _taken(self, name: str, action: str = "") -> Iterator[MachineLock]:
+    def _taken(self, name: str, action: str = "", *, strict: bool = True) -> Iterator[MachineLock]:
+        """The machine's lock; `strict`: not of a copy."""
         paths = self.paths(name)
         if not paths.definition.exists():
             raise self._not_found(name)
@@ -370,6 +419,8 @@ class Home:
             if seen.left is not None and (state := self._resting_state(name, seen)) != "uncertain":
                 self.record_end(name, state, death.explain(seen.left, paths.vmm_log))  # a doubt is in the journal
             (paths.runtime / "pid").unlink(missing_ok=True)
+            if strict:
+                self._claim(name)
         except BaseException:
             lock.abandon()
             raise
@@ -377,6 +428,14 @@ class Home:
             yield lock
         finally:
             lock.release()
+
+    def _claim(self, name: str) -> None:
+        """Make sure that the directory is the machine's own. With its lock."""
+        directory = self.paths(name).directory
+        uuid = identity.uuid_in(self.paths(name).definition)
+        if uuid:  # else `load` says what is wrong
+            identity.refuse_copy(name, directory, uuid, self.twins(name, uuid))
+            identity.write(directory, uuid)
 
     def unlock(self, name: str) -> None:
         """A person says that the process that ran the machine on another host is gone for good.
@@ -398,5 +457,7 @@ class Home:
 
     def record_end(self, name: str, state: str, detail: str = "") -> None:
         """Remember how a run ended, for `showvminfo`."""
-        ended = {"state": state, "detail": detail, "at": int(time.time())}
-        write_atomically(self.paths(name).last, json.dumps(ended))
+        paths = self.paths(name)
+        uuid = identity.uuid_in(paths.definition)
+        ended = {"state": state, "detail": detail, "at": int(time.time()), "uuid": uuid}
+        write_atomically(paths.last, json.dumps(ended))

@@ -47,6 +47,14 @@ def boot_id() -> str:
         return ""
 
 
+def is_this(name: str, installation: str, boot: str) -> bool:
+    """Whether a host that told its name, `machine_id` and `boot_id` is this one, perhaps before its last start."""
+    if not name or (boot and boot == boot_id()):
+        return True  # containers of one kernel count as one host
+    # Installations are cloned together with their ids, so the name must agree as well.
+    return bool(installation) and (installation, name) == (machine_id(), host_name())
+
+
 def is_shared(descriptor: int) -> bool:
     """Whether another host could have the file open, too: on a network file system, and on one not known here."""
     return _kind(descriptor) not in _OWN_DISK | _CHANGING_NUMBERS

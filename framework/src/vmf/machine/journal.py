@@ -15,15 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from vmf.machine import home as homes
-from vmf.machine import host
+from vmf.machine import host, shelf
 from vmf.machine.home import Home
+from vmf.machine.identity import Owner
 from vmf.teleport.journal import Entry, Testimony
 from vmf.teleport.protocol import handover
 from vmf.teleport.protocol.handover import Answer, Note, SourceCustody
 from vmf.teleport.protocol.states import Role
 from vmf.transport.base import Address
 
+TELEPORTS = "teleports"
 KEPT = 64
 """Settled teleports of a machine that are remembered; older ones are UNKNOWN to whoever asks."""
 _WIDTH = 12
@@ -44,7 +48,8 @@ class FileJournal:
 
     def begin(self, entry: Entry) -> None:
         homes.private_directory(self._directory)
-        homes.write_atomically(self._path(entry.teleport_id), _format(entry))
+        owner = Owner.of(self._directory.parent)
+        homes.write_atomically(self._path(entry.teleport_id), _format(evolve(entry, uuid=owner.uuid)))
         self._prune()
 
     def mark(self, teleport_id: bytes, note: Note) -> None:
@@ -70,7 +75,7 @@ class FileJournal:
             raise homes.explained(error, path) from error
         if self.note(teleport_id) is Note.TAKEN:
             # The machine is here: whatever became of its earlier teleports from here, it came back.
-            for other, entry in _entries(self._directory):
+            for other, entry in _own_entries(self._home, self._name):
                 if entry.role is Role.SOURCE and entry.note in (Note.OFFERED, Note.HANDED_OVER):
                     with contextlib.suppress(OSError):
                         other.unlink()
@@ -87,7 +92,10 @@ class FileJournal:
         return Note.NONE if entry is None else entry.note
 
     def testify(self, teleport_id: bytes) -> Testimony:
-        """What this home knows of a teleport: any of its machines, so that whichever one listens can answer."""
+        """What this home knows of a teleport: any of its machines, so that whichever one listens can answer.
+
+        Also those that were unregistered: that they ran here stays true.
+        """
         for name in [self._name, *(each for each in self._home.names() if each != self._name)]:
             entry = _read(directory_of(self._home, name) / f"{teleport_id.hex()}.json")
             if entry is None or entry.role is not Role.TARGET:
@@ -99,6 +107,11 @@ class FileJournal:
             if entry.note is Note.TAKEN:
                 return Testimony(Answer.RUNS, name)
             return Testimony(Answer.UNKNOWN, name, f"Machine '{name}' on that host knows it; ask at its own port.")
+        for directory in shelf.directories(self._home):
+            entry = _read(directory / TELEPORTS / f"{teleport_id.hex()}.json")
+            if entry is not None and entry.role is Role.TARGET:
+                answer = handover.recovered_target(entry.note)
+                return Testimony(answer, self._name, "The machine that knows it was unregistered there.")
         return Testimony(Answer.UNKNOWN)
 
     def _fate(self, name: str) -> str:
@@ -119,12 +132,12 @@ class FileJournal:
 
 def directory_of(home: Home, name: str) -> Path:
     """Where a machine's teleports are written down."""
-    return home.paths(name).directory / "teleports"
+    return home.paths(name).directory / TELEPORTS
 
 
 def in_doubt(home: Home, name: str) -> Entry | None:
     """The handover of a machine *without a process* whose end nobody knows; None when it may simply be started."""
-    for _, entry in _entries(directory_of(home, name)):
+    for _, entry in _own_entries(home, name):
         if entry.role is Role.SOURCE:
             state = handover.recovered_source(entry.note, entry.same_boot)
             if state is SourceCustody.ORPHANED:
@@ -140,7 +153,7 @@ def left(home: Home, name: str, began: int) -> bool:
     try:
         return any(
             entry.role is Role.SOURCE and entry.note is Note.GONE and path.stat().st_mtime_ns >= began
-            for path, entry in _entries(directory_of(home, name))
+            for path, entry in _own_entries(home, name)
         )
     except OSError:
         return False
@@ -148,10 +161,18 @@ def left(home: Home, name: str, began: int) -> bool:
 
 def clear_interrupted(home: Home, name: str) -> None:
     """Erase the notes of teleports out that a process of this machine did not live to end, and that are in no doubt."""
-    for path, entry in _entries(directory_of(home, name)):
+    for path, entry in _own_entries(home, name):
         if entry.role is Role.SOURCE and entry.note is Note.OFFERED and entry.same_boot:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _own_entries(home: Home, name: str) -> list[tuple[Path, Entry]]:
+    """Those of the machine that is defined, and of no other one that had its name."""
+    directory = directory_of(home, name)
+    found = _entries(directory)
+    owner = Owner.of(directory.parent) if found else None
+    return [(path, entry) for path, entry in found if owner is not None and owner.owns(path, entry.uuid)]
 
 
 def _entries(directory: Path) -> list[tuple[Path, Entry]]:
@@ -171,6 +192,7 @@ def _format(entry: Entry) -> str:
         "role": entry.role.value,
         "peer": {"scheme": peer.scheme, "host": peer.host, "port": peer.port, "options": options},
         "since": entry.since,
+        "uuid": entry.uuid,
         "boot_id": host.boot_id(),
     }
     return f'{_MARK}{entry.note.value.ljust(_WIDTH)}", {json.dumps(rest)[1:]}\n'
@@ -197,4 +219,5 @@ def _entry(fields: dict[str, Any], note: Note) -> Entry:
     peer = fields["peer"]
     address = Address(str(peer["scheme"]), str(peer["host"]), int(peer["port"]), dict(peer["options"]))
     identifier, role = bytes.fromhex(fields["id"]), Role(fields["role"])
-    return Entry(identifier, role, note, address, int(fields["since"]), fields["boot_id"] == host.boot_id())
+    same_boot, uuid = fields["boot_id"] == host.boot_id(), str(fields.get("uuid", ""))
+    return Entry(identifier, role, note, address, int(fields["since"]), same_boot, uuid)

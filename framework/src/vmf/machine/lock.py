@@ -108,10 +108,7 @@ class Holder:
     @property
     def same_host(self) -> bool:
         """It is, or was, a process of this host, perhaps before its last start."""
-        if self.same_boot or not self.host:
-            return True
-        # Installations are cloned together with their ids, so the name must agree as well.
-        return bool(self.machine_id) and (self.machine_id, self.host) == (host.machine_id(), host.host_name())
+        return host.is_this(self.host, self.machine_id, self.boot_id)
 
     @property
     def where(self) -> str:

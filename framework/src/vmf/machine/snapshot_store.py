@@ -16,6 +16,7 @@ from attrs import frozen
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError, StateError
 from vmf.machine.config import NAME_PATTERN
 from vmf.machine.home import HomeError, private_directory, write_atomically
+from vmf.machine.identity import Owner
 
 FORMAT = 1
 _PARTIAL = ".partial-"
@@ -53,6 +54,7 @@ class SnapshotStore:
         self.machine = machine
         self.directory = directory
         self._resume = directory.parent / "resume.json"
+        self._owner = Owner.of(directory.parent)
 
     def names(self) -> list[str]:
         """Oldest first; quick."""
@@ -64,13 +66,28 @@ class SnapshotStore:
             found = [entry for entry in os.listdir(self.directory) if NAME_PATTERN.fullmatch(entry)]
         except FileNotFoundError:
             return []
-        return sorted((self.get(name) for name in found), key=lambda each: (each.taken, each.name))
+        own = [name for name in found if self._is_own(name)]
+        return sorted((self.get(name) for name in own), key=lambda each: (each.taken, each.name))
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a snapshot is of this machine; one that cannot be read is, and `get` says what is wrong."""
+        path = self.path(name) / "snapshot.json"
+        try:
+            return self._owner.owns(path, json.loads(path.read_text("utf-8")).get("uuid"))
+        except (OSError, ValueError, AttributeError):
+            return True
 
     def get(self, name: str) -> SnapshotInfo:
         """Raises NotFoundError, or StateError when it cannot be read."""
         path = self.path(name) / "snapshot.json"
         try:
             plain = json.loads(path.read_text("utf-8"))
+            if not self._owner.owns(path, stamp := plain.pop("uuid", None)):
+                raise NotFoundError(
+                    f"the snapshot '{name}' in {self.directory} is of another machine"
+                    + (f" (UUID {stamp})." if stamp else ", which was unregistered."),
+                    f"`vmf showvminfo {self.machine}` lists what is not its own.",
+                )
             if plain.pop("format") != FORMAT:
                 raise StateError(f"snapshot {name} was made by a newer vmf.", "Use that one.")
             return SnapshotInfo(**plain)
@@ -146,10 +163,12 @@ class SnapshotStore:
             raise StateError(
                 f"{self._resume} cannot be read: {error}.", f"Run `vmf snapshot {self.machine} discard-state`."
             ) from error
-        return note if isinstance(note, dict) else {}
+        own = isinstance(note, dict) and self._owner.owns(self._resume, note.get("uuid"))
+        return note if own else {}
 
     def note_resume(self, name: str, generations: Mapping[str, int]) -> None:
-        write_atomically(self._resume, json.dumps({"snapshot": name, "generations": dict(generations)}))
+        note = {"uuid": self._owner.uuid, "snapshot": name, "generations": dict(generations)}
+        write_atomically(self._resume, json.dumps(note))
 
     def forget_resume(self) -> bool:
         """The next start boots; False when it would have anyway."""

@@ -135,7 +135,7 @@ def _finish(
     directory: Path, name: str, description: str, state: str, config: MachineConfig, disks: Mapping[str, int]
 ) -> SnapshotInfo:
     info = SnapshotInfo(name, description, int(time.time()), state, config.memory_mib, disks)
-    plain = {"format": FORMAT, **attrs.asdict(info)}
+    plain = {"format": FORMAT, "uuid": config.uuid, **attrs.asdict(info)}
     write_durably(directory / "snapshot.json", json.dumps(plain, indent=2).encode())
     sync_directory(directory)
     return info

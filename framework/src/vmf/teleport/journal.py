@@ -28,6 +28,7 @@ class Entry:
         peer: the other side, as this side reached it (or, at the target, saw it).
         since: when it began, seconds since the epoch.
         same_boot: the host was not restarted since.
+        uuid: of the machine on this side; "" where that does not matter.
     """
 
     teleport_id: bytes
@@ -36,6 +37,7 @@ class Entry:
     peer: Address
     since: int = field(factory=lambda: int(time.time()))
     same_boot: bool = True
+    uuid: str = ""
 
 
 @frozen
