@@ -21,12 +21,13 @@ import pytest
 from attrs import define, evolve, field
 
 from vmf.cpu.backend import Vcpu
-from vmf.errors import BackendUnavailable, PluginError, StateError, TeleportError
+from vmf.errors import BackendUnavailable, PluginError, StateError, TeleportError, TeleportUncertain
 from vmf.machine.config import CpuidConfig, MachineConfig
 from vmf.machine.guest_time import GuestTime, Instant
 from vmf.machine.machine import Machine, MachineState
 from vmf.machine.snapshot import SnapshotStore
 from vmf.teleport.progress import TeleportSummary
+from vmf.testing.faults import Fault, FaultProxy
 from vmf.testing.guest.build import SOURCE, build
 from vmf_cpu_unicorn.tsc import host_tsc
 
@@ -255,6 +256,36 @@ class Journey:
         with pytest.raises(TeleportError):
             there.wait_for_teleport()
 
+    def in_doubt(self) -> None:
+        """The handover is sent and never answered; the user decides that the machine continues here."""
+        there = self._make()
+        with there:
+            port = there.listen("127.0.0.1", 0).port
+            waiting = threading.Thread(target=lambda: self._refused(there), daemon=True)
+            waiting.start()
+            with FaultProxy(port, Fault("cut", "HANDOVER")) as proxy:
+                with pytest.raises(TeleportUncertain):
+                    self.machine.teleport("127.0.0.1", proxy.port)
+                time.sleep(0.05)
+                self.machine.resolve_teleport("resume", force=True)
+            there.cancel_teleport(wait=True)
+            waiting.join(60)
+        assert self.machine.state is MachineState.RUNNING
+
+    def not_stopped(self) -> None:
+        """A device does not come to rest, so the guest runs on."""
+        device = self.machine.hardware.devices[0]
+
+        def refuse() -> None:
+            del device.quiesce  # type: ignore[method-assign]
+            time.sleep(0.02)
+            raise StateError("not now.")
+
+        device.quiesce = refuse  # type: ignore[method-assign]
+        with pytest.raises(StateError):
+            self.machine.pause()
+        assert self.machine.state is MachineState.RUNNING
+
     def pause(self) -> None:
         self.machine.pause()
         time.sleep(0.05)
@@ -281,6 +312,8 @@ KINDS: dict[str, Callable[[Journey], None]] = {
     "throttled": Journey.throttled,
     "paused": Journey.paused,
     "failed": Journey.failed,
+    "in doubt": Journey.in_doubt,
+    "not stopped": Journey.not_stopped,
     "pause": Journey.pause,
     "switch": Journey.switch,
     "switch, paused": Journey.switch_paused,

@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 
 _NARROW_NS = 2_000
 """A pair of readings that took no longer counts as one instant."""
-_READINGS = 8
-_SETTINGS = 16
+_READINGS = 4
+_SETTINGS = 8
 _SYSTEMATIC_NS = 100_000
 """By what setting is always late, at most; more than that was the scheduler."""
-_BAD_LUCK = 6
+_BAD_LUCK = 4
 """So often at most does the scheduler come in between."""
 
 _SUSPEND_NS = 10_000_000
@@ -100,7 +100,7 @@ class GuestTime:
         when it stands still already."""
         if self._stopped is None:
             self.keep(vcpu)
-            host_ns, tsc = read_tsc(vcpu.read_tsc, self.clock.host_now)
+            host_ns, tsc, _ = read_tsc(vcpu.read_tsc, self.clock.host_now)
             self.clock.stop(host_ns)
             self._stopped, self._catch_up = Instant(host_ns, self.clock.now(), tsc), True
 
@@ -138,14 +138,14 @@ class GuestTime:
                 self._ahead = ahead
                 self._put(vcpu)
         elif now - self._reference.host_ns > _REFERENCE_NS:
-            host_ns, tsc = read_tsc(vcpu.read_tsc, self.clock.host_now)
+            host_ns, tsc, _ = read_tsc(vcpu.read_tsc, self.clock.host_now)
             self._reference = Instant(host_ns, self.clock.at(host_ns), tsc)
 
     def hand_over(self, old: Vcpu, new: Vcpu) -> None:
         """While time runs: `new` counts from where `old` is at the moment."""
         if self._stopped is None:
             self.keep(old)
-            host_ns, tsc = read_tsc(old.read_tsc, self.clock.host_now)
+            host_ns, tsc, _ = read_tsc(old.read_tsc, self.clock.host_now)
             self._set(new, lambda at: tsc + self._ticks(at - host_ns))
 
     def _lead(self) -> int:
@@ -164,19 +164,20 @@ class GuestTime:
         set_tsc(vcpu.write_tsc, vcpu.read_tsc, tsc_at, self.tsc_khz, self.clock.host_now)
 
 
-def read_tsc(read: Callable[[], int], host_now: HostNs) -> tuple[int, int]:
-    """(host time in ns, TSC) of one instant: the tightest of a few attempts, as the scheduler may come in between."""
+def read_tsc(read: Callable[[], int], host_now: HostNs) -> tuple[int, int, int]:
+    """(host time in ns, TSC, how long both readings took in ns) of one instant: the tightest of a few attempts, as the
+    scheduler may come in between."""
     best: tuple[int, int, int] | None = None
     for _ in range(_READINGS):
         before = host_now()
         tsc = read()
         width = host_now() - before
-        if best is None or width < best[0]:
-            best = (width, before + width // 2, tsc)
+        if best is None or width < best[2]:
+            best = (before + width // 2, tsc, width)
         if width <= _NARROW_NS:
             break
     assert best is not None
-    return best[1], best[2]
+    return best
 
 
 def set_tsc(
@@ -185,16 +186,16 @@ def set_tsc(
     """Make a TSC that counts `khz` show `tsc_at(host_ns)` from now on.
 
     A written value counts from an unknown instant within the write; so what came of it is read, and written again
-    until it is right. What is wrong by a little is wrong each time, and made up for; what is wrong by much was bad
-    luck, or it is a TSC that cannot be set.
+    until it is right. What is wrong by a little is wrong each time, and made up for: what is left then, below the time
+    that a reading takes, is chance. What is wrong by much was bad luck, or it is a TSC that cannot be set.
     """
     correction = bad = 0
     for _ in range(_SETTINGS):
         write(tsc_at(host_now()) + correction)
-        host_ns, tsc = read_tsc(read, host_now)
+        host_ns, tsc, width = read_tsc(read, host_now)
         behind = tsc_at(host_ns) - tsc
         behind_ns = abs(behind) * 1_000_000 // khz
-        if behind_ns <= _NARROW_NS:
+        if behind_ns <= _NARROW_NS or (correction and behind_ns <= width):
             return
         if behind_ns <= _SYSTEMATIC_NS:
             correction += behind
