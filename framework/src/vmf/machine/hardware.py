@@ -22,6 +22,7 @@ from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import InterruptController, IrqLine
 from vmf.errors import ConfigError, ContractOverridden, StateError
 from vmf.machine import switch
+from vmf.machine.addressing import require_addressable
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
 from vmf.machine.console import SerialConsole
@@ -138,6 +139,7 @@ class Hardware:
         Takes tens of milliseconds. After an error there is no vCPU, and the backend is the one before.
         """
         chosen = backend or self.backend
+        require_addressable(self.name, self.memory, cpuid, chosen)
 
         def plug() -> None:
             if self._vcpu is not None:

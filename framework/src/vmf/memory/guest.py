@@ -67,11 +67,7 @@ class GuestMemory:
             raise ConfigError(f"memory size {size} is not a positive multiple of {PAGE_SIZE} bytes.")
         self.size = size
         self.clear_observers: list[Callable[[npt.NDArray[np.uint64]], None]] = []
-        low = min(size, LOW_RAM_LIMIT)
-        regions = [RamRegion(0, low, 0)]
-        if size > low:
-            regions.append(RamRegion(HIGH_RAM_BASE, size - low, low))
-        self.regions = tuple(regions)
+        self.regions = self.layout(size)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
             self._pagemap = PageMap()
@@ -84,7 +80,8 @@ class GuestMemory:
         except OSError as error:
             raise MachineError(
                 f"cannot reserve {size // MIB} MiB of guest RAM: {error.strerror}.",
-                "Give the machine less memory with `vmf modifyvm NAME --memory MIB`.",
+                "The limit is the process's (`ulimit -v`) or the host's (vm.overcommit_memory=2, see proc(5)). Raise it,"
+                " or give the machine less memory with `vmf modifyvm NAME --memory MIB`.",
             ) from error
         whole = memoryview(self._map)
         self._anchor = ctypes.c_char.from_buffer(self._map)
@@ -100,6 +97,13 @@ class GuestMemory:
             with contextlib.suppress(OSError):  # a kernel that was built without it
                 self._map.madvise(advice)
         self._closed = False
+
+    @staticmethod
+    def layout(size: int) -> tuple[RamRegion, ...]:
+        """Where `size` bytes of RAM lie."""
+        low = min(size, LOW_RAM_LIMIT)
+        regions = (RamRegion(0, low, 0),)
+        return (*regions, RamRegion(HIGH_RAM_BASE, size - low, low)) if size > low else regions
 
     @property
     def pages(self) -> int:
