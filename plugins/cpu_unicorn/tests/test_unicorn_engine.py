@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vmf.errors import BackendUnavailable
 from vmf_cpu_unicorn import engine, gates, selftest, thunks, tsc
 from vmf_cpu_unicorn.backend import UnicornBackend
 
@@ -146,3 +147,10 @@ def test_a_kept_tsc_rate_that_cannot_be_is_measured_again(
         assert abs(int(place.read_text()) - right) < right / 1000
     finally:
         tsc.host_tsc_khz.cache_clear()
+
+
+def test_an_engine_without_room_is_not_asked() -> None:
+    """It would end the process: it says "Could not allocate dynamic translator buffer" and calls exit."""
+    engine.require_room(1 << 20)
+    with pytest.raises(BackendUnavailable, match="needs 4294967296 MiB of memory of its own"):
+        engine.require_room(1 << 52)

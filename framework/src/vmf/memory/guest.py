@@ -80,7 +80,7 @@ class GuestMemory:
         except OSError as error:
             raise MachineError(
                 f"cannot reserve {size // MIB} MiB of guest RAM: {error.strerror}.",
-                "The limit is the process's (`ulimit -v`) or the host's (vm.overcommit_memory=2, see proc(5)). Raise it,"
+                "The limit is the process's (`ulimit -v`) or the host's (vm.overcommit_memory=2, see proc(5)). Raise it"
                 " or give the machine less memory with `vmf modifyvm NAME --memory MIB`.",
             ) from error
         whole = memoryview(self._map)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import mmap
 import platform
 import sys
 from ctypes import c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
@@ -66,6 +67,21 @@ FLOAT_INTERNALS = (
     "raise_exception_ra", "raise_exception_err_ra", "cpu_lduw_data_ra",
     "cpu_ldl_data_ra", "cpu_ldq_data_ra", "cpu_stw_data_ra", "cpu_stl_data_ra", "cpu_stq_data_ra",
 )  # fmt: skip
+
+
+def require_room(size: int) -> None:
+    """Raise BackendUnavailable unless the host gives this process so many bytes now.
+
+    The engine ends the whole process when it cannot allocate its code cache, so it is not let try.
+    """
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError as error:
+        raise BackendUnavailable(
+            f"The Unicorn engine needs {size >> 20} MiB of memory of its own, and the host does not give them:"
+            f" {error.strerror}.",
+            "Raise the limit (`ulimit -v`, vm.overcommit_memory), or give the machine less memory.",
+        ) from error
 
 
 class Library:

@@ -40,11 +40,15 @@ from vmf_cpu_unicorn.engine import (
     INSN_SYSENTER,
     Engine,
     Library,
+    require_room,
 )
 from vmf_cpu_unicorn.tsc import host_tsc
 
 CODE_CACHE_BYTES = 64 << 20
 """Room for translated code; the engine starts afresh when it is full. A Linux boot fills some 20 MiB of it."""
+
+SPARE_BYTES = 16 << 20
+"""What the engine takes besides, to begin with."""
 
 ADDRESS_BITS = 39
 """Guest-physical address width presented. Everything in it that is not RAM is MMIO."""
@@ -101,6 +105,7 @@ class UnicornVcpu(Vcpu):
         self._amd = environment.cpuid.vendor in AMD_VENDORS
         self._unusable_tr: tuple[bytes, Segment] | None = None
         memory, bus = environment.memory, environment.bus
+        require_room(CODE_CACHE_BYTES + SPARE_BYTES)
         self._engine = engine = Engine(library, CODE_CACHE_BYTES)
         try:
             for region in memory.regions:
