@@ -96,12 +96,12 @@ def test_a_running_machine_goes_back_and_goes_on(host: Host, disk: Path, tmp_pat
     vmf(host, "controlvm", "vm", "poweroff")
     host.wait_gone("vm")
     assert on_disk(disk) > at_snapshot
-    assert "goes on from there" in vmf(host, "snapshot", "vm", "restore", "first", "--yes")
+    assert "continues from there" in vmf(host, "snapshot", "vm", "restore", "first", "--yes")
     assert on_disk(disk) == at_snapshot
     assert json.loads(vmf(host, "snapshot", "vm", "list", "--json"))[0]["next_start"]
     assert "next start" in host.vmf("snapshot", "vm", "delete", "first").stderr
     vmf(host, "modifyvm", "vm", "--memory", "64")  # a start that is refused uses nothing up
-    assert "cannot go on from snapshot 'first'" in host.vmf("startvm", "vm", "--detach").stderr
+    assert "cannot continue from snapshot 'first'" in host.vmf("startvm", "vm", "--detach").stderr
     vmf(host, "modifyvm", "vm", "--memory", "96")
 
     host.start("vm")

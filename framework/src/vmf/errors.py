@@ -67,6 +67,12 @@ class InvalidStateError(MachineError):
     code = "invalid-state"
 
 
+class OperationCancelled(VmfError):
+    """A long operation was cancelled on request and left nothing behind, unless the message says so."""
+
+    code = "cancelled"
+
+
 class NotFoundError(VmfError):
     """No machine (or medium) of that name."""
 
@@ -103,6 +109,18 @@ class StorageError(VmfError):
     """A disk image cannot be opened, read or written; the message names it."""
 
     code = "storage"
+
+
+class StorageTimeout(StorageError):
+    """Storage did not answer in time: the call was given up. It may still be done, or have been done."""
+
+    code = "storage-timeout"
+
+
+class StorageFull(StorageError):
+    """There is no room where an image is kept: the same write may succeed once there is some."""
+
+    code = "storage-full"
 
 
 class ImageInUse(StorageError):

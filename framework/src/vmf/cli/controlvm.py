@@ -76,14 +76,46 @@ def resume(name: str) -> None:
 def poweroff(name: str) -> None:
     """Pull the plug: what the guest has not saved is lost.
 
+    What is under way (a teleport, a snapshot, a trace) is cancelled first. Storage that does not answer does not keep
+    the machine from ending: a warning says which disk may lack what the guest wrote last.
+
     \b
     Example:
       vmf controlvm web poweroff
     """
     with ControlClient.of(home(), name) as machine:
-        machine.power_off()
+        problems = machine.power_off()
     _ended(home(), name)
+    for problem in problems:
+        click.echo(f"vmf: warning: {printable(problem)}", err=True)
     say(f"Machine '{name}' is powered off.")
+
+
+@controlvm.command("cancel")
+@json_option
+@click.pass_obj
+def cancel_operation(name: str, as_json: bool) -> None:
+    """Cancel what is under way: a start, a snapshot, a restore, a trace, a teleport.
+
+    The machine is afterwards what it was before, and nothing is left of what was begun; only a restore that had begun
+    to write says otherwise. A teleport can be cancelled until the handover.
+
+    \b
+    Example:
+      vmf controlvm web cancel
+    """
+    from vmf.control.offline import worker
+
+    where = home()
+    where.load(name)
+    with worker(where, name) or ControlClient.of(where, name) as machine:
+        what = machine.cancel_operation()
+    if as_json:
+        say(json.dumps({"cancelled": what}))
+    elif what:
+        say(f"{what[0].upper()}{what[1:]} of machine '{name}' is being cancelled.")
+    else:
+        say(f"Nothing is under way on machine '{name}' that could be cancelled.")
 
 
 @controlvm.command()
@@ -225,7 +257,7 @@ def teleport(
 
     view = progress_view("none" if as_json and progress == "auto" else progress, ends_told=True)
     where = home()
-    cancelling = Cancelling(where, name, "teleport", lambda machine: machine.cancel_teleport())
+    cancelling = Cancelling.of(where, name, "teleport", lambda machine: machine.cancel_teleport())
     with ControlClient.of(where, name) as machine, cancelling:
         try:
             summary = machine.teleport(

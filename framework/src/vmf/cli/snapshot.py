@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vmf.machine.snapshot import SnapshotInfo, SnapshotStore
 
 
+NEXT_START = " (the next start continues from it)"
+
+
 def _store(name: str) -> SnapshotStore:
     from vmf.machine.snapshot import SnapshotStore
 
@@ -35,17 +38,24 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 
 class _Bar:
-    """One line on a terminal's stderr; nothing elsewhere."""
+    """Progress on stderr: one line, redrawn, on a terminal; elsewhere a line every few seconds."""
+
+    LINES_S = 5.0
 
     def __init__(self) -> None:
-        self._shown = 0.0
         self._live = sys.stderr.isatty()
+        self._shown = 0.0 if self._live else time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._live and (now - self._shown > 0.1 or done >= total):
+        text = f"{printable(what)}: {size(done)} of {size(total)}"
+        if not self._live:
+            if now - self._shown > self.LINES_S:
+                self._shown = now
+                click.echo(text, err=True)
+        elif now - self._shown > 0.1 or done >= total:
             self._shown = now
-            click.echo(f"\r\x1b[K{printable(what)}: {size(done)} of {size(total)}", nl=False, err=True)
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
 
     def end(self) -> None:
         if self._live and self._shown:
@@ -77,13 +87,15 @@ def snapshot(ctx: click.Context, name: str) -> None:
 def take(name: str, label: str, description: str, as_json: bool) -> None:
     """Take a snapshot of a machine, running or not.
 
-    A running one stands still meanwhile: moments for its memory, and for its disks as long as copying them takes where
-    the file system cannot share blocks (btrfs and XFS can).
+    A running one stands still while it is copied: moments for its memory, and for its disks as long as copying them
+    takes where the file system cannot share blocks (btrfs and XFS can). Ctrl-C, or `vmf controlvm NAME cancel` from
+    elsewhere, cancels it: the machine continues, and there is no snapshot.
 
     \b
     Example:
       vmf snapshot web take before-upgrade --description 'clean install'
     """
+    from vmf.cli.cancelling import Cancelling
     from vmf.control.client import ControlClient
 
     where, store = home(), _store(name)
@@ -91,11 +103,16 @@ def take(name: str, label: str, description: str, as_json: bool) -> None:
     bar = _Bar()
     try:
         if where.process(name) is None:
+            from vmf.control.offline import offline
             from vmf.machine import snapshot as snapshots
             from vmf.plugins.bridge import PluginRegistry
 
-            with where.changing(name, "take a snapshot"):
-                snapshots.take_stopped(where.load(name), PluginRegistry(), store, label, description, bar)
+            with (
+                where.changing(name, "take a snapshot") as paths,
+                offline(paths, name, f"the snapshot '{label}'") as work,
+                Cancelling("snapshot", work.cancel),
+            ):
+                snapshots.take_stopped(where.load(name), PluginRegistry(), store, label, description, bar, work)
         else:
 
             def notified(method: str, content: Mapping[str, Any]) -> None:
@@ -103,7 +120,8 @@ def take(name: str, label: str, description: str, as_json: bool) -> None:
                     progress = content.get("progress", {})
                     bar(str(progress.get("what")), int(progress.get("done", 0)), int(progress.get("total", 0)))
 
-            with ControlClient.of(where, name) as machine:
+            cancelling = Cancelling.of(where, name, "snapshot", lambda machine: bool(machine.cancel_operation()))
+            with ControlClient.of(where, name) as machine, cancelling:
                 machine.call("snapshot", {"name": label, "description": description}, notified=notified)
     finally:
         bar.end()
@@ -131,10 +149,11 @@ def list_snapshots(name: str, as_json: bool) -> None:
         [
             (
                 each.name,
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.taken)),
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.taken)) if each.taken else "",
                 each.state,
                 ", ".join(f"port {port}: {size(count)}" for port, count in each.disks.items()),
-                printable(each.description) + (" (the next start goes on from it)" if each.name == next_start else ""),
+                printable(each.description)
+                + (NEXT_START if each.name == next_start else ""),
             )
             for each in store.list()
         ],
@@ -150,12 +169,17 @@ def list_snapshots(name: str, as_json: bool) -> None:
 def restore(name: str, label: str, yes: bool, as_json: bool) -> None:
     """Put a machine that is switched off back to a snapshot.
 
-    What its disks hold now is lost. If the snapshot was taken while it ran, its next start goes on from there.
+    What its disks hold now is lost. If the snapshot was taken while it ran, its next start continues from there.
+
+    The whole snapshot is read and checked before anything is written. Should the restore be cut short while it writes
+    (Ctrl-C, a full disk, a crash), the machine does not start until a restore has ended well.
 
     \b
     Example:
       vmf snapshot web restore before-upgrade
     """
+    from vmf.cli.cancelling import Cancelling
+    from vmf.control.offline import offline
     from vmf.machine import snapshot as snapshots
     from vmf.plugins.bridge import PluginRegistry
 
@@ -169,14 +193,18 @@ def restore(name: str, label: str, yes: bool, as_json: bool) -> None:
         click.confirm(f"What the disks of machine '{name}' hold now is lost. Put it back?", abort=True, err=True)
     bar = _Bar()
     try:
-        with where.changing(name, "restore a snapshot", "put back"):
-            info = snapshots.restore(where.load(name), PluginRegistry(), store, label, bar)
+        with (
+            where.changing(name, "restore a snapshot", "put back") as paths,
+            offline(paths, name, f"putting back snapshot '{label}'") as work,
+            Cancelling("restore", work.cancel),
+        ):
+            info = snapshots.restore(where.load(name), PluginRegistry(), store, label, bar, work)
     finally:
         bar.end()
     if as_json:
         say(json.dumps(_plain(info), indent=2))
         return
-    then = "its next start goes on from there" if info.has_state else "it is switched off, as it was then"
+    then = "its next start continues from there" if info.has_state else "it is switched off, as it was then"
     say(f"Machine '{name}' is put back to '{label}': {then}.")
 
 
@@ -200,11 +228,13 @@ def delete(name: str, label: str) -> None:
 
 
 @snapshot.command("discard-state")
+@click.option("--force", is_flag=True, help="Also forget that a restore was cut short: its disks are whole.")
 @click.pass_obj
-def discard_state(name: str) -> None:
-    """Let the next start boot instead of going on from a snapshot; the disks stay as they are.
+def discard_state(name: str, force: bool) -> None:
+    """Let the next start boot instead of continuing from a snapshot; the disks stay as they are.
 
-    To the guest it is as if the plug had been pulled when the snapshot was taken.
+    To the guest it is as if the plug had been pulled when the snapshot was taken. After a restore that was cut short,
+    the disks are partly written and the machine does not start; if you have replaced them yourself, --force lets it.
 
     \b
     Example:
@@ -212,6 +242,9 @@ def discard_state(name: str) -> None:
     """
     store = _store(name)
     with home().changing(name, "discard a state", "changed"):
+        if force:
+            store.forget_restoring()
+        store.refuse_half_restored("booted")
         done = store.forget_resume()
     say(f"The next start of machine '{name}' boots." if done else f"Machine '{name}' would have booted anyway.")
 

@@ -95,7 +95,7 @@ def trace(
         )
         raise click.UsageError(f"A trace needs {missing}.", click.get_current_context())
     view = _View(quiet=as_json)
-    cancelling = Cancelling(where, name, "trace", lambda machine: machine.cancel_trace())
+    cancelling = Cancelling.of(where, name, "trace", lambda machine: machine.cancel_trace())
     with ControlClient.of(where, name) as machine, cancelling:
         try:
             # The machine's process writes it, whose working directory is another.

@@ -76,8 +76,11 @@ class MachineAdapter:
     def resume(self) -> None:
         self.machine.resume()
 
-    def power_off(self) -> None:
-        self.machine.power_off()
+    def power_off(self) -> tuple[str, ...]:
+        return self.machine.power_off()
+
+    def cancel_operation(self, reason: str = "") -> str:
+        return self.machine.cancel_operation(reason=reason)
 
     def reset(self) -> None:
         self.machine.reset()

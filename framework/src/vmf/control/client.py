@@ -66,8 +66,13 @@ class ControlClient:
     def resume(self) -> None:
         self.call("resume", timeout=60)
 
-    def power_off(self) -> None:
-        self.call("poweroff", timeout=120)
+    def power_off(self) -> list[str]:
+        """Pull the plug; what the machine's storage may lack, a sentence each."""
+        return [str(each) for each in self._mapping("poweroff", timeout=120).get("problems", ())]
+
+    def cancel_operation(self) -> str:
+        """Ask the long operation under way to end; what it is, "" when there is none."""
+        return str(self._mapping("operation.cancel", timeout=30).get("cancelled", ""))
 
     def reset(self) -> None:
         self.call("reset", timeout=120)

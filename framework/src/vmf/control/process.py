@@ -34,7 +34,7 @@ from vmf.control.keeper import Keeper
 from vmf.control.seam import ControlledMachine, Plain, TakesSnapshots, WritesJournal
 from vmf.control.server import ControlServer
 from vmf.control.vmm_log import MachineLog, rotate
-from vmf.errors import InvalidStateError, MachineError, TeleportCancelled, VmfError
+from vmf.errors import InvalidStateError, MachineError, OperationCancelled, TeleportCancelled, VmfError
 from vmf.machine.config import MachineConfig
 from vmf.machine.home import Home, Tenure
 
@@ -200,7 +200,7 @@ def _serve(
             same_request_until = time.monotonic() + SAME_REQUEST_S
             stopping.set()
             watcher.notice(f"{signal.Signals(received[0]).name}: powering off (once more to end at once) ...")
-            threading.Thread(target=_power_off, args=(machine,), name="vmf-poweroff", daemon=True).start()
+            threading.Thread(target=_power_off, args=(machine, watcher), name="vmf-poweroff", daemon=True).start()
         life.join()
     if outcome.state == "teleported":
         time.sleep(LINGER_S)
@@ -244,16 +244,22 @@ def _live(
             return "poweredoff"
         watcher.arrived(summary)
     else:
-        machine.start(**({} if peer_password is None else {"peer_password": peer_password}))
+        try:
+            machine.start(**({} if peer_password is None else {"peer_password": peer_password}))
+        except OperationCancelled:
+            if stopping.is_set():
+                return "poweredoff"
+            raise
     watcher.running(machine.info())
     if stopping.is_set():
-        _power_off(machine)
+        _power_off(machine, watcher)
     return machine.wait_finished()
 
 
-def _power_off(machine: ControlledMachine) -> None:
+def _power_off(machine: ControlledMachine, watcher: Observer) -> None:
     try:
-        machine.power_off()
+        for problem in machine.power_off() or ():
+            watcher.notice(f"warning: {problem}")
     except InvalidStateError:
         log.debug("Nothing to power off.", exc_info=True)
     except VmfError as error:

@@ -8,7 +8,7 @@ Progress of a teleport is a `vmf.teleport.progress.ProgressEvent` as a mapping, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ class TakesSnapshots(Protocol):
         """Take one; blocks, and the guest stands still meanwhile. Progress is {"what", "done", "total"}."""
 
 
+@runtime_checkable
+class CancelsOperations(Protocol):
+    """Optional: a machine whose long operations can be cancelled."""
+
+    def cancel_operation(self, reason: str = "") -> str:
+        """Ask the long operation under way to end; what it is, "" when there is none. Does not wait."""
+
+
 class ControlledMachine(Protocol):
     """One machine. Every method may be called from any thread; those that say so block."""
 
@@ -60,7 +68,8 @@ class ControlledMachine(Protocol):
 
     def resume(self) -> None: ...
 
-    def power_off(self) -> None: ...
+    def power_off(self) -> Sequence[str]:
+        """Returns what its storage may lack, a sentence each."""
 
     def reset(self) -> None: ...
 

@@ -4,7 +4,8 @@ Theory of operation. One thread accepts; each connection has a reader thread, wh
 writer thread behind a bounded queue. So nothing that a client does or fails to do can hold up the machine: a state
 listener or progress callback only puts a line into a queue, and a client whose queue is full is disconnected
 (progress is thinned out before that). A teleport, or a trace, runs on a thread of its own, so that its connection can
-still cancel it; it goes on when the client has gone.
+still cancel it. A teleport continues when its client has gone; a snapshot, for which the guest stands still, and a
+trace, which slows it, end then.
 
 `close` first lets requests in flight finish and be answered: the answer to `poweroff` must leave before the process.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vmf.control import rpc, sockets
-from vmf.control.seam import ControlledMachine, TakesSnapshots
+from vmf.control.seam import CancelsOperations, ControlledMachine, TakesSnapshots
 from vmf.errors import ControlError, TeleportError, VmfError
 
 log = logging.getLogger("vmf.control")
@@ -67,6 +68,7 @@ METHODS: dict[str, dict[str, tuple[type, ...]]] = {
     "change_medium": {"port": (int,), "medium": (str,)},
     "trace": {"instructions": (int,), "output": (str,), "json_lines": (bool,)},
     "trace.cancel": {},
+    "operation.cancel": {},
     "snapshot": {"name": (str,), "description": (str,)},
     "events.subscribe": {},
 }
@@ -194,7 +196,7 @@ class ControlServer:
             "info": machine.info,
             "pause": machine.pause,
             "resume": machine.resume,
-            "poweroff": machine.power_off,
+            "poweroff": lambda: {"problems": list(machine.power_off() or ())},
             "reset": machine.reset,
             "teleport.check": lambda: machine.check_teleport(
                 params["host"], params["port"], params.get("transport", "tcp"), **_options(params)
@@ -212,9 +214,21 @@ class ControlServer:
             "switch_backend": lambda: machine.switch_backend(params["backend"]),
             "change_medium": lambda: machine.change_medium(params["port"], params["medium"]),
             "trace.cancel": lambda: {"cancelled": machine.cancel_trace()},
+            "operation.cancel": lambda: {"cancelled": self._cancel_operation()},
         }
         answer = simple[method]()
         return {} if answer is None else answer
+
+    def _cancel_operation(self, reason: str = "") -> str:
+        machine = self.machine
+        return machine.cancel_operation(reason) if isinstance(machine, CancelsOperations) else ""
+
+    def client_vanished(self, method: str) -> None:
+        """Whoever asked for this has gone without waiting for its end."""
+        if method == "snapshot" and (what := self._cancel_operation("the client that asked for it has gone")):
+            log.warning("The client that asked for %s has gone: it is cancelled.", what)
+        elif method == "trace" and self.machine.cancel_trace():
+            log.warning("The client that asked for the trace has gone: it is ended.")
 
     def teleport(self, params: Mapping[str, Any], progress: Callable[[Mapping[str, Any]], None]) -> Any:
         """Run one teleport; blocks."""
@@ -265,6 +279,8 @@ class _Connection:
 
     def __init__(self, server: ControlServer, connection: socket.socket) -> None:
         self.subscribed = False
+        self._under_way: list[str] = []
+        """Long methods that this client waits for."""
         self._server = server
         self._socket = connection
         self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
@@ -326,6 +342,8 @@ class _Connection:
         except OSError:
             pass
         finally:
+            for method in tuple(self._under_way):
+                self._server.client_vanished(method)
             self.finish()
             self._writer.join(SEND_SECONDS + 1)
             self._server.forget(self)
@@ -371,10 +389,14 @@ class _Connection:
             self.send({"method": f"{method}.progress", "params": note}, optional=True)
 
         with self._server.busy():
+            self._under_way.append(method)
             begun.set()
             server = self._server
             work = {"teleport": server.teleport, "trace": server.trace, "snapshot": server.snapshot}[method]
-            self._answer(identifier, lambda: work(params, progress))
+            try:
+                self._answer(identifier, lambda: work(params, progress))
+            finally:
+                self._under_way.remove(method)
 
     def _answer(self, identifier: str | int, work: Callable[[], Any]) -> None:
         try:

@@ -390,7 +390,7 @@ class Home:
         """
         with self._taken(name, action, strict=strict) as lock:
             with suppress(OSError):  # on a full disk, say: only others' messages are poorer for it
-                lock.write(Holder.this_process(doing))
+                lock.write(Holder.this_process(doing, runtime=str(self.paths(name).runtime)))
             yield self.paths(name)
 
     @contextmanager

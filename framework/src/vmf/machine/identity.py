@@ -34,7 +34,7 @@ FILE = "identity.json"
 DEFINITION = "machine.toml"
 EARLIER = "machine.toml.unregistered"
 """What an earlier vmf called the definition of a machine that it forgot."""
-_ALONE = ("resume.json", "last.json")
+_ALONE = ("resume.json", "restoring.json", "last.json")
 _MANY = ("teleports/*.json", "snapshots/*/snapshot.json")
 
 

@@ -25,6 +25,7 @@ from vmf.machine.config import MachineConfig
 from vmf.machine.console import SerialConsole
 from vmf.machine.contract import AUTO_BACKEND, ContractOrigin, Decision, describe_choice, describe_contract, settle
 from vmf.machine.hardware import Hardware
+from vmf.machine.operations import Operation, Operations
 from vmf.machine.startup import Startup
 from vmf.machine.states import RUNNABLE, MachineState, check_transition
 from vmf.machine.storage import MachineStorage
@@ -67,6 +68,8 @@ class Machine:
         self.summary: TeleportSummary | None = None
         self.backend_choice = ""
         """What `--cpu-backend auto` chose and why, for people; "" when the user chose."""
+        self.continues_from = ""
+        """The snapshot from whose memory it was started; "" when it booted or came by a teleport."""
         self.contract_origin: ContractOrigin | None = None
         """How the CPUID contract in force (`hardware.cpuid`) came about; None before there is one."""
         self._state = _S.POWERED_OFF
@@ -74,7 +77,7 @@ class Machine:
         self._storage: MachineStorage | None = None
         self.snapshots: SnapshotStore | None = None
         """Where its snapshots are; None for a machine that has no place for any."""
-        self.operation = threading.RLock()
+        self.operation = Operations(config.name)
         """Held by one operation at a time. Never taken on the vCPU thread, for which operations wait."""
         self._changed = threading.Condition(threading.Lock())
         """Guards `_state`, for moments only; any thread."""
@@ -122,6 +125,7 @@ class Machine:
             "memory_mib": self.config.memory_mib,
             "cpu_backend": self.config.cpu_backend,
             "failure": self.failure,
+            "operation": None if (under_way := self.operation.under_way) is None else under_way.describe(),
         }
         if hardware is not None:
             answer |= hardware.info() | {
@@ -175,12 +179,14 @@ class Machine:
 
         `peer_password` is that of the teleport peers that are asked before (`cpuid.peers`), None for none.
         """
-        with self.operation:
+        with self.operation.long("the start") as operation, self.operation:
             self.set_state(_S.STARTING)
             self._powering_off = False
             try:
-                self.storage.open()
-                if not self._go_on_from_snapshot():
+                if self.snapshots is not None:
+                    self.snapshots.refuse_half_restored("started")
+                self.storage.open(operation.check)
+                if not self._go_on_from_snapshot(operation):
                     decision = settle(self.config, self.registry, self._plug, peer_password)
                     self.contract_origin, self.backend_choice = decision.origin, decision.choice
                     self.hardware.power_on(self._load)
@@ -194,13 +200,15 @@ class Machine:
             if paused:
                 self.pause()
 
-    def _go_on_from_snapshot(self) -> bool:
+    def _go_on_from_snapshot(self, operation: Operation) -> bool:
         """Where the machine was put back to a snapshot with memory; False for a plain boot."""
+        self.continues_from = ""
         if self.snapshots is None:
             return False
         from vmf.machine import snapshot
 
-        if not snapshot.resume(self, self.snapshots):
+        self.continues_from = snapshot.resume(self, self.snapshots, operation.observed(None))
+        if not self.continues_from:
             return False
         self.snapshots.forget_resume()  # once only: from here on the disks go on
         return True
@@ -213,7 +221,8 @@ class Machine:
         Args:
             progress: called on this thread with (what, bytes done, bytes in all).
 
-        Raises InvalidStateError, ConfigError when the name is taken, HomeError when it cannot be written.
+        Raises InvalidStateError, ConfigError when the name is taken, HomeError when it cannot be written,
+        OperationCancelled after `cancel_operation`. After any of them there is no snapshot, and the machine continues.
         """
         from vmf.machine import snapshot
 
@@ -353,7 +362,7 @@ class Machine:
 
     def _fail(self, why: str) -> None:
         self.failure = why
-        self._teleporter.request_cancel()
+        self._teleporter.request_cancel(f"machine {self.name} failed: {why.rstrip('.')}")
         self.tracing.cancel(wait=False, reason="the machine failed")
         if self._state in RUNNABLE:
             self.set_state(_S.FAILED)
@@ -374,29 +383,50 @@ class Machine:
 
     def _power_off_quietly(self) -> None:
         try:
-            self.power_off()
+            self._power_off("the guest switched itself off")
         except InvalidStateError:
             pass  # somebody else powered it off, or it has just left for another host
 
     # -- ending
 
-    def power_off(self) -> None:
-        """Pull the plug; a teleport or trace under way is cancelled first."""
-        waited = self._state is _S.TELEPORTING_IN
-        self.cancel_teleport(wait=True)
-        self.cancel_trace(wait=True, reason="the machine was powered off")
+    def cancel_operation(self, *, wait: bool = False, reason: str = "") -> str:
+        """Cancel the long operation under way (a start, a snapshot, a trace, a teleport); "" when there is none.
+
+        Returns what it was, for people. The machine then is what it was before the operation.
+        """
+        if found := self.operation.cancel(wait=wait, reason=reason):
+            return found
+        if self.cancel_trace(wait=wait, reason=reason or "cancelled"):
+            return "the trace"
+        if self._state is not _S.TELEPORTING_IN and self.cancel_teleport(wait=wait):
+            return "the teleport"
+        return ""
+
+    def power_off(self) -> tuple[str, ...]:
+        """Pull the plug; what is under way is cancelled first.
+
+        It ends although its storage does not answer: returns what may be missing there, a sentence each.
+        """
+        return self._power_off("the machine was powered off")
+
+    def _power_off(self, why: str) -> tuple[str, ...]:
+        waited = self._state in (_S.TELEPORTING_IN, _S.STARTING)
+        self._teleporter.cancel(wait=True, reason=why)
+        self.cancel_trace(wait=True, reason=why)
+        self.operation.cancel(wait=True, reason=why)
         with self.operation:
             if waited and self._state is _S.POWERED_OFF:
-                return  # that was all: it waited for a teleport
+                return ()  # that was all: it waited for a teleport, or was about to start
             if self._state in (_S.POWERED_OFF, _S.STOPPING):
                 raise self.illegal("powered off", "running or paused")
             if self._state is not _S.TELEPORTING_IN:
                 self.set_state(_S.STOPPING)
-            self.scrap()
+            problems = self.scrap()
             self.set_state(_S.POWERED_OFF)
+            return problems
 
-    def scrap(self) -> None:
-        """Take the hardware apart. For this room's modules."""
+    def scrap(self) -> tuple[str, ...]:
+        """Take the hardware apart; what its storage did not take. For this room's modules."""
         self._teleporter.stop_listening()
         self._teleporter.close_witness()
         self.console.hold_input()  # first: what is taken from here on would be lost
@@ -405,8 +435,7 @@ class Machine:
         if hardware is not None:
             hardware.close()
         storage, self._storage = self._storage, None
-        if storage is not None:  # after the devices, which may have written until now
-            storage.close()
+        return () if storage is None else storage.close()  # after the devices, which may have written until now
 
     def close(self) -> None:
         """End it, whatever it does; idempotent."""

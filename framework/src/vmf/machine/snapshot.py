@@ -16,8 +16,9 @@ the note names the lease's generation of each: a start that finds another one re
 
 from __future__ import annotations
 
+from vmf.machine.operations import ProgressListener
 from vmf.machine.snapshot_restore import restore, resume
 from vmf.machine.snapshot_store import SnapshotInfo, SnapshotStore
-from vmf.machine.snapshot_take import ProgressListener, take, take_stopped
+from vmf.machine.snapshot_take import take, take_stopped
 
 __all__ = ["ProgressListener", "SnapshotInfo", "SnapshotStore", "restore", "resume", "take", "take_stopped"]

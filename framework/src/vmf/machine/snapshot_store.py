@@ -11,15 +11,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
-from vmf.errors import ConfigError, InvalidStateError, NotFoundError, StateError
+from vmf.errors import ConfigError, InvalidStateError, NotFoundError, StateError, VmfError
 from vmf.machine.config import NAME_PATTERN
 from vmf.machine.home import HomeError, private_directory, write_atomically
 from vmf.machine.identity import Owner
 
 FORMAT = 1
 _PARTIAL = ".partial-"
+DAMAGED = "damaged"
+
+
+@frozen
+class FileInfo:
+    """One file of a snapshot: bytes, and what `vmf.storage.sparse.digest` says of it."""
+
+    size: int
+    digest: str
+
+
+def _files(plain: Any) -> dict[str, FileInfo]:
+    return {str(name): each if isinstance(each, FileInfo) else FileInfo(**each) for name, each in dict(plain).items()}
 
 
 @frozen
@@ -33,6 +46,7 @@ class SnapshotInfo:
         state: of the machine then: "running", "paused" or "poweredoff".
         memory_mib: of the machine then.
         disks: port to size of the disk, bytes.
+        files: what each of its files held when it was taken; empty for one of a vmf that did not note that.
     """
 
     name: str
@@ -41,6 +55,7 @@ class SnapshotInfo:
     state: str
     memory_mib: int
     disks: Mapping[str, int]
+    files: Mapping[str, FileInfo] = field(factory=dict, converter=_files)
 
     @property
     def has_state(self) -> bool:
@@ -54,6 +69,7 @@ class SnapshotStore:
         self.machine = machine
         self.directory = directory
         self._resume = directory.parent / "resume.json"
+        self._restoring = directory.parent / "restoring.json"
         self._owner = Owner.of(directory.parent)
 
     def names(self) -> list[str]:
@@ -61,13 +77,13 @@ class SnapshotStore:
         return [each.name for each in self.list()]
 
     def list(self) -> list[SnapshotInfo]:
-        """Oldest first."""
+        """Oldest first. One that cannot be read is among them, as "damaged", with the reason as its description."""
         try:
             found = [entry for entry in os.listdir(self.directory) if NAME_PATTERN.fullmatch(entry)]
         except FileNotFoundError:
             return []
         own = [name for name in found if self._is_own(name)]
-        return sorted((self.get(name) for name in own), key=lambda each: (each.taken, each.name))
+        return sorted((self._look(name) for name in own), key=lambda each: (each.taken, each.name))
 
     def _is_own(self, name: str) -> bool:
         """Whether a snapshot is of this machine; one that cannot be read is, and `get` says what is wrong."""
@@ -76,6 +92,12 @@ class SnapshotStore:
             return self._owner.owns(path, json.loads(path.read_text("utf-8")).get("uuid"))
         except (OSError, ValueError, AttributeError):
             return True
+
+    def _look(self, name: str) -> SnapshotInfo:
+        try:
+            return self.get(name)
+        except VmfError as error:
+            return SnapshotInfo(name, error.message, 0, DAMAGED, 0, {})
 
     def get(self, name: str) -> SnapshotInfo:
         """Raises NotFoundError, or StateError when it cannot be read."""
@@ -137,11 +159,20 @@ class SnapshotStore:
             raise
 
     def delete(self, name: str) -> None:
-        """Raises NotFoundError; InvalidStateError when the next start needs it."""
-        self.get(name)
+        """Raises NotFoundError; InvalidStateError when the next start, or a restore that was cut short, needs it.
+
+        One that cannot be read is deleted, too.
+        """
+        if not self.path(name).is_dir() or not self._is_own(name):
+            self.get(name)
+        if self.restoring() == name:
+            raise InvalidStateError(
+                f"the snapshot '{name}' is needed: putting machine '{self.machine}' back to it was cut short.",
+                f"Do that first: `vmf snapshot {self.machine} restore {name}`.",
+            )
         if self.resuming() == name:
             raise InvalidStateError(
-                f"the next start of machine '{self.machine}' goes on from snapshot '{name}'.",
+                f"the next start of machine '{self.machine}' continues from snapshot '{name}'.",
                 f"Start it first, or give that state up with `vmf snapshot {self.machine} discard-state`.",
             )
         doomed = self.directory / f"{_PARTIAL}{secrets.token_hex(4)}"
@@ -177,6 +208,46 @@ class SnapshotStore:
         except FileNotFoundError:
             return False
         return True
+
+    # -- a restore under way, or cut short
+
+    def restoring(self) -> str:
+        """The snapshot that is being put back, or whose putting back was cut short: the disks are neither one thing
+        nor the other. "" when there is none."""
+        try:
+            note = json.loads(self._restoring.read_text("utf-8"))
+            return str(note["snapshot"]) if self._owner.owns(self._restoring, note.get("uuid")) else ""
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "?"  # the note is there, whatever became of its content
+
+    def note_restoring(self, name: str) -> None:
+        """Durably: from here on the disks are not to be used."""
+        write_atomically(self._restoring, json.dumps({"uuid": self._owner.uuid, "snapshot": name}))
+
+    def forget_restoring(self) -> bool:
+        """The disks are whole (again); False when they were."""
+        try:
+            self._restoring.unlink()
+        except FileNotFoundError:
+            return False
+        sync_directory(self._restoring.parent)
+        return True
+
+    def refuse_half_restored(self, action: str) -> None:
+        """Raise InvalidStateError while a restore that was cut short has left the disks half written."""
+        if self.restoring():
+            raise self._half_restored(action)
+
+    def _half_restored(self, action: str) -> InvalidStateError:
+        name = self.restoring()
+        return InvalidStateError(
+            f"machine '{self.machine}' cannot be {action}: putting it back to snapshot '{name}' was cut short, and its"
+            f" disks are partly written.",
+            f"Put it back once more: `vmf snapshot {self.machine} restore {name}` (or another snapshot). If you have"
+            f" replaced its disks yourself: `vmf snapshot {self.machine} discard-state --force`.",
+        )
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -14,114 +14,41 @@ module puts images into drives and takes them out:
 An image whose storage has no place for a lease can be used, but its machine cannot teleport.
 
 Everything is called under the machine's operation lock or from its one teleport; only the fences run on I/O threads.
+
+No call here waits for storage for ever: each slot has a `Caller`, whose thread makes the calls that may block. What
+does not answer in time is an error of the operation, except at the end (`close`): a machine ends without its storage,
+and says what may not be on it. A lease is never given back before what was written is known to have arrived.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import attrs
 
-from vmf.errors import ConfigError, LeaseLost, NotFoundError, StorageError, VmfError
-from vmf.machine.config import DriveConfig, MachineConfig
+from vmf.errors import ConfigError, LeaseLost, NotFoundError, VmfError
+from vmf.machine.config import MachineConfig
 from vmf.machine.storage_check import check_drives
+from vmf.machine.storage_slot import Look, Slot
 from vmf.plugins.bridge import PluginRegistry
-from vmf.storage.base import ImageInfo, ImageMark, StorageDriver
-from vmf.storage.drive import Drive, DriveType
-from vmf.storage.formats import require_raw
-from vmf.storage.holder import Lease, read_record, this_owner
+from vmf.storage.base import ImageInfo
+from vmf.storage.calls import CALL_SECONDS, Caller
+from vmf.storage.drive import Drive
+from vmf.storage.holder import Lease, this_owner
 from vmf.storage.media import locks_warning
-from vmf.storage.uri import scheme_of
 from vmf.teleport.check import Blocker
 
 log = logging.getLogger(__name__)
 
-
-class Slot:
-    """One port: its drive, and what is behind it.
-
-    Attributes:
-        lease: of a writable image, from when its place was found; None where there is none.
-        problem: why a waiting target cannot use the medium, found by looking at it.
-    """
-
-    def __init__(self, config: DriveConfig, registry: PluginRegistry) -> None:
-        self.config = config
-        self.drive = Drive(
-            config.port, DriveType(config.type), config.medium, read_only=config.read_only or config.type == "dvddrive"
-        )
-        self.driver: StorageDriver | None = registry.storage(scheme_of(config.medium)) if config.medium else None
-        self.lease: Lease | None = None
-        self.mark: ImageMark | None = None
-        self.problem: VmfError | None = None
-
-    @property
-    def label(self) -> str:
-        return f"drive at port {self.config.port}"
-
-    @property
-    def writable(self) -> bool:
-        return bool(self.config.medium) and not self.drive.read_only
-
-    def probe(self) -> ImageInfo | None:
-        """Look at the medium, and give the drive its geometry; None for an empty drive. Raises VmfError."""
-        self.problem = None
-        if self.driver is None:
-            return None
-        try:
-            info = self.driver.probe(self.config.medium)
-            if self.writable and not info.writable:
-                raise StorageError(
-                    f"{self.config.medium} cannot be written here: {info.why_read_only}.",
-                    f"Change that, or attach it with --read-only at port {self.config.port} of both machines.",
-                )
-            if info.looks_like and not self._used_before():
-                require_raw(info)
-        except VmfError as error:
-            self.problem = error
-            raise
-        self.drive.size = info.size
-        return info
-
-    def _used_before(self) -> bool:
-        """A machine has had the image as its disk: what its guest wrote there changes nothing."""
-        assert self.driver is not None
-        store = self.driver.lease_store(self.config.medium, create=False) if self.writable else None
-        if store is None:
-            return False
-        try:
-            return read_record(store).generation > 0
-        finally:
-            store.close()
-
-    def open(self, fence: Callable[[], None] | None) -> None:
-        """Open the image into the drive."""
-        assert self.driver is not None
-        image = self.driver.open(self.config.medium, not self.writable)
-        if self.drive.size not in (0, image.size):
-            image.close()
-            raise StorageError(
-                f"{self.config.medium} has {image.size} bytes now, and had {self.drive.size} when it was looked at.",
-                "Start the machine anew.",
-            )
-        self.drive.size, self.drive.block_size = image.size, image.block_size
-        self.drive.can_discard = image.can_discard
-        self.drive.attach(image, fence)
-
-    def close_image(self) -> None:
-        """Take the image out of the drive; what was written has been flushed."""
-        image = self.drive.detach()
-        if image is not None:
-            image.close()
-
-    def drop_mark(self) -> None:
-        mark, self.mark = self.mark, None
-        if mark is not None:
-            mark.close()
+HANDOVER_SECONDS = 8.0
+"""For each call at the handover: the source waits 10 s for the word that the machine runs."""
+CLOSE_SECONDS = 10.0
+"""For everything to be flushed and given back at the end of a machine, all its disks together."""
 
 
 class MachineStorage:
@@ -131,30 +58,41 @@ class MachineStorage:
         drives: in the order of their ports; the same objects for the machine's whole life here.
     """
 
-    def __init__(self, config: MachineConfig, registry: PluginRegistry, on_lost: Callable[[LeaseLost], None]) -> None:
+    def __init__(
+        self,
+        config: MachineConfig,
+        registry: PluginRegistry,
+        on_lost: Callable[[LeaseLost], None],
+        make_caller: Callable[[str], Caller] = Caller,
+    ) -> None:
         """`on_lost` is called once, on an I/O thread, when a fence finds that another machine has the image."""
         self._me = this_owner(config.name, config.uuid)
         self._registry = registry
         self._name = config.name
-        self.slots = [Slot(each, registry) for each in sorted(config.drives, key=lambda each: each.port)]
+        self._make_caller = make_caller
+        self._keep_leases = False
+        self.slots = [Slot(each, registry, make_caller) for each in sorted(config.drives, key=lambda each: each.port)]
         self.drives: tuple[Drive, ...] = tuple(slot.drive for slot in self.slots)
         self._on_lost = on_lost
         self._lost = threading.Event()
 
     # -- the beginning
 
-    def open(self) -> None:
-        """For a machine that starts: claim and open everything. Raises VmfError; then nothing is held."""
+    def open(self, look: Look | None = None) -> None:
+        """For a machine that starts: claim and open everything. Raises VmfError; then nothing is held.
+
+        `look` is called now and then, and ends it by raising.
+        """
         try:
             for slot in self.slots:
                 if slot.driver is None:
                     continue
-                info = slot.probe()
-                if slot.writable and self._find_lease(slot, create=True):
+                info = slot.probe(look)
+                if slot.writable and self._find_lease(slot, create=True, look=look):
                     assert slot.lease is not None
-                    slot.lease.claim()
+                    slot.call("claiming its lease", slot.lease.claim, look=look)
                     self._warn(slot, info)
-                self._open(slot)
+                self._open(slot, look)
         except BaseException:
             self.close()
             raise
@@ -181,17 +119,16 @@ class MachineStorage:
                 f"Give it one that does: `vmf modifyvm {self._name} --device pc --device virtio`.",
             )
 
-    def _find_lease(self, slot: Slot, *, create: bool) -> bool:
-        assert slot.driver is not None
+    def _find_lease(self, slot: Slot, *, create: bool, look: Look | None = None) -> bool:
         if slot.lease is None:
-            store = slot.driver.lease_store(slot.config.medium, create=create)
+            store = slot.lease_store(create=create, look=look)
             if store is not None:
                 slot.lease = Lease(store, self._me)
         return slot.lease is not None
 
-    def _open(self, slot: Slot) -> None:
+    def _open(self, slot: Slot, look: Look | None = None) -> None:
         lease = slot.lease if slot.writable else None
-        slot.open(None if lease is None else lambda: self._fence(lease))
+        slot.open(None if lease is None else lambda: self._fence(lease), look)
 
     def _fence(self, lease: Lease) -> None:
         try:
@@ -222,20 +159,22 @@ class MachineStorage:
             )
         if medium == old.config.medium:
             return
-        new = Slot(attrs.evolve(old.config, medium=medium), self._registry)
+        new = Slot(attrs.evolve(old.config, medium=medium), self._registry, self._make_caller)
         opened = new.drive
         try:
             if new.driver is not None:
                 new.probe()
                 if new.writable and self._find_lease(new, create=True):
                     assert new.lease is not None
-                    new.lease.claim()
+                    new.call("claiming its lease", new.lease.claim)
                 self._open(new)
+            if old.writable and drive.attached:
+                old.flush()  # most of it while the guest runs
             new.drive = drive
 
             def exchange() -> None:
-                if old.writable:
-                    drive.flush()
+                if old.writable and drive.attached:
+                    old.flush()
                 old.close_image()
                 drive.medium, drive.size, drive.block_size = medium, opened.size, opened.block_size
                 drive.can_discard = opened.can_discard
@@ -250,38 +189,35 @@ class MachineStorage:
                 new.drive = opened
                 self._give_up(new)
             raise
-        if old.lease is not None:
-            self._give_up(old, image=False)
-        old.drop_mark()
+        old.drive = opened  # empty now: the drive itself is the new slot's
+        self._give_up(old)
 
-    def _give_up(self, slot: Slot, *, image: bool = True) -> None:
+    @staticmethod
+    def _give_up(slot: Slot) -> None:
         """Close what a slot that is no longer, or never became, this machine's holds."""
-        if image:
-            slot.close_image()
-        lease, slot.lease = slot.lease, None
-        if lease is not None:
-            try:
-                if lease.held:
-                    lease.release()
-            finally:
-                lease.close()
+        end = time.monotonic() + CALL_SECONDS
+        if slot.lease is not None or slot.mark is not None or slot.drive.attached:
+            for problem in slot.finish(flush=False, release=True).wait(end):
+                log.warning("%s", problem)
+        slot.end_calls()
 
     # -- what both sides are
 
-    def describe(self, *, publish: bool) -> list[dict[str, Any]]:
+    def describe(self, *, publish: bool, look: Look | None = None) -> list[dict[str, Any]]:
         """For the OFFER; with `publish` (at the source) with what the target can recognise the images by."""
-        return [self._describe(slot, publish) for slot in self.slots]
+        return [self._describe(slot, publish, look) for slot in self.slots]
 
-    def _describe(self, slot: Slot, publish: bool) -> dict[str, Any]:
+    def _describe(self, slot: Slot, publish: bool, look: Look | None) -> dict[str, Any]:
         drive, row = slot.drive, {"port": slot.config.port, "type": slot.config.type, "medium": slot.config.medium}
         row |= {"read_only": drive.read_only, "size": drive.size, "image": "", "probe": ""}
-        if not publish or slot.driver is None:
+        driver, medium = slot.driver, slot.config.medium
+        if not publish or driver is None:
             return row
         if slot.lease is not None and slot.lease.held:
-            row["image"], row["probe"] = slot.lease.publish()
+            row["image"], row["probe"] = slot.call("marking its lease", slot.lease.publish, look=look)
         elif not slot.writable:
             slot.drop_mark()
-            slot.mark = slot.driver.mark(slot.config.medium)
+            slot.mark = slot.call("marking it", lambda: driver.mark(medium), look=look, late=lambda late: late.close())
             row["probe"] = slot.mark.token
         return row
 
@@ -310,20 +246,23 @@ class MachineStorage:
         writable = [slot for slot in self.slots if slot.writable]
         return bool(writable) and all(slot.lease is not None and slot.lease.store.excludes for slot in writable)
 
-    def flush(self) -> None:
+    def flush(self, look: Look | None = None) -> None:
         """Make durable what was written until now. Raises StorageError."""
         for slot in self._writable():
             if slot.drive.attached:
-                slot.drive.flush()
+                slot.flush(look)
 
     def pass_leases(self, teleport: str) -> None:
         """At the source; no request is under way. Raises VmfError: then `take_leases` takes back what was passed."""
-        self.flush()
+        for slot in self._writable():
+            if slot.drive.attached:
+                slot.call("flushing it", slot.drive.flush, seconds=HANDOVER_SECONDS)
         for slot in self._writable():
             slot.close_image()
         for slot in reversed(self._writable()):
-            assert slot.lease is not None
-            slot.lease.offer(teleport)
+            lease = slot.lease
+            assert lease is not None
+            slot.call("offering its lease", partial(lease.offer, teleport), seconds=HANDOVER_SECONDS)
 
     def take_leases(self, teleport: str) -> None:
         """At the target after HANDOVER, or at the source that goes on after all.
@@ -336,10 +275,18 @@ class MachineStorage:
                 if slot.driver is not None and not slot.writable and not slot.drive.attached:
                     self._open(slot)
             for slot in self._writable():
+                if slot.drive.attached and slot.lease is not None and slot.lease.held:
+                    continue  # it was never offered: that begins when every image is closed
                 if not self._find_lease(slot, create=False):
                     raise NotFoundError(f"the {slot.label}: {slot.config.medium} has no lease here any more.")
-                assert slot.lease is not None
-                slot.lease.take(teleport)  # also what is held, as the source believes whose offer failed
+                lease = slot.lease
+                assert lease is not None
+                slot.call(  # also what is held, as the source believes whose offer failed
+                    "taking its lease",
+                    partial(lease.take, teleport),
+                    seconds=HANDOVER_SECONDS,
+                    late=lambda _, lease=lease: lease.offer(teleport),  # type: ignore[misc]
+                )
                 taken.append(slot)
                 if not slot.drive.attached:
                     self._open(slot)
@@ -349,10 +296,10 @@ class MachineStorage:
 
     def _give_back(self, taken: Sequence[Slot], teleport: str) -> None:
         for slot in reversed(taken):
-            slot.close_image()
             assert slot.lease is not None
             try:
-                slot.lease.offer(teleport)
+                slot.close_image()
+                slot.call("offering its lease", partial(slot.lease.offer, teleport))
             except VmfError as error:
                 log.warning("%s: its lease could not be offered again: %s", slot.label, error)
                 slot.lease.close()  # so that a person can see that nobody uses it
@@ -368,22 +315,21 @@ class MachineStorage:
 
     # -- the end
 
-    def close(self) -> None:
-        """Flush, close and give everything back; errors are logged, as nobody could do anything. Idempotent."""
-        for slot in self.slots:
-            steps: list[Callable[[], None]] = [slot.drop_mark]
-            if slot.drive.attached and slot.writable and not self._lost.is_set():
-                steps.append(slot.drive.flush)
-            steps.append(slot.close_image)
-            lease, slot.lease = slot.lease, None
-            if lease is not None:
-                steps += [lease.release] if lease.held else []
-                steps.append(lease.close)
-            for step in steps:
-                try:
-                    step()
-                except VmfError as error:
-                    log.warning("%s: %s", slot.label, error)
+    def keep_leases(self) -> None:
+        """Do not give the leases back at the end: no other host is to use the images as they are."""
+        self._keep_leases = True
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> tuple[str, ...]:
+        """Flush, close and give everything back, within `seconds`. Idempotent.
+
+        Returns (and logs) what could not be done, a sentence each: the machine ends all the same.
+        """
+        end = time.monotonic() + seconds
+        endings = [slot.finish(flush=not self._lost.is_set(), release=not self._keep_leases) for slot in self.slots]
+        problems = tuple(problem for ending in endings for problem in ending.wait(end))
+        for problem in problems:
+            log.warning("%s", problem)
+        return problems
 
     def info(self) -> list[Mapping[str, Any]]:
         """For people and programs."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vmf.errors import NotFoundError, VmfError
@@ -18,7 +19,7 @@ from vmf.storage.holder import read_record
 from vmf.teleport.check import Blocker, show
 
 if TYPE_CHECKING:
-    from vmf.machine.storage import Slot
+    from vmf.machine.storage_slot import Slot
 
 PROBE_PATIENCE_S = 4.0
 """How long a file server's client may take to see what another host has just written (NFS's attribute cache: 3 s)."""
@@ -116,8 +117,9 @@ def _identify(name: str, ours: Slot, theirs: Mapping[str, Any]) -> list[Blocker]
         return []  # the source's own blockers say that it has no lease
     seen = "another image"
     try:
+        driver, probe = ours.driver, theirs["probe"]
         if not ours.writable:
-            if ours.driver.recognises(medium, theirs["probe"]):
+            if ours.call("looking for the source's mark", lambda: driver.recognises(medium, probe)):
                 return []
         else:
             seen = _other_lease(ours, theirs)
@@ -138,18 +140,17 @@ def _identify(name: str, ours: Slot, theirs: Mapping[str, Any]) -> list[Blocker]
 
 def _other_lease(ours: Slot, theirs: Mapping[str, Any]) -> str:
     """ "" when our lease bears the source's mark, else what we see instead."""
-    assert ours.driver is not None
     end = time.monotonic() + PROBE_PATIENCE_S
     while True:
-        store = ours.driver.lease_store(ours.config.medium, create=False)
+        store = ours.lease_store(create=False)
         if store is None:
             seen, patient = "which no machine uses", False
         else:
             try:
-                record = read_record(store)
+                record = ours.call("reading its lease", partial(read_record, store))
                 patient = store.shared_slowly
             finally:
-                store.close()
+                ours.call("closing its lease", store.close)
             if record.image == theirs["image"] and record.probe == theirs["probe"]:
                 return ""
             seen = f"another one: {rules.describe(record)}"

@@ -7,7 +7,7 @@ resume.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
@@ -38,6 +38,7 @@ class TeleportView:
         self._was_running = False
         self._handed_over = False
         self._drives: list[dict[str, Any]] | None = None
+        self._look: Callable[[], None] | None = None
 
     @property
     def name(self) -> str:
@@ -50,6 +51,10 @@ class TeleportView:
     @property
     def journal(self) -> Journal:
         return self._machine.journal
+
+    def interrupted_by(self, look: Callable[[], None]) -> None:
+        """What waits for storage calls `look` now and then, which raises when the teleport shall end."""
+        self._look = look
 
     # -- what both sides are
 
@@ -97,7 +102,7 @@ class TeleportView:
     def _describe_drives(self) -> list[dict[str, Any]]:
         if self._drives is None:  # once: each time the images would get another mark to be recognised by
             arriving = self._machine.state is MachineState.TELEPORTING_IN
-            self._drives = self._machine.storage.describe(publish=not arriving)
+            self._drives = self._machine.storage.describe(publish=not arriving, look=self._look)
         return self._drives
 
     def _check_devices(self, source: Any, target: Any) -> list[Blocker]:
@@ -179,7 +184,7 @@ class TeleportView:
         if machine.state not in (MachineState.TELEPORTING, MachineState.TELEPORTING_PAUSED):
             raise TeleportError(f"machine {self.name} became {machine.state.value} during the teleport.")
         self._was_running = machine.state is MachineState.TELEPORTING
-        machine.storage.flush()  # most of it now, so that little is left when the guest stands still
+        machine.storage.flush(self._look)  # most of it now, so that little is left when the guest stands still
         machine.hardware.halt(freeze_time=False)
         machine.hardware.thread.call(lambda: None)  # what the last slice posted (a reset) has happened before the scan
         if machine.powering_off:

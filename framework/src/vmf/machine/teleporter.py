@@ -14,6 +14,7 @@ from vmf.errors import ConfigError, InvalidStateError, TeleportBlocked, Teleport
 from vmf.machine.doubt import Doubt, describe
 from vmf.machine.states import MachineState
 from vmf.machine.teleport_view import TeleportView
+from vmf.teleport.link import CancelRequest
 from vmf.teleport.protocol import handover
 from vmf.transport.base import Address, Channel, Listener, Transport
 
@@ -59,7 +60,7 @@ class Teleporter:
         self.listener: Listener | None = None
         self.witness: Listener | None = None
         self.doubt: Doubt | None = None
-        self._cancel: threading.Event | None = None
+        self._cancel: CancelRequest | None = None
         self._given_up = False
         self._done = threading.Event()
         self._done.set()
@@ -79,16 +80,19 @@ class Teleporter:
         """A machine is on its way out or in, or is waited for."""
         return not self._done.is_set()
 
-    def request_cancel(self) -> bool:
-        """Ask the teleport under way to end, from any thread; False when there is none."""
+    def request_cancel(self, reason: str = "") -> bool:
+        """Ask the teleport under way to end, from any thread; False when there is none.
+
+        `reason` is a clause for people, which the other side is told, too.
+        """
         cancel = self._cancel
         if cancel is None:
             return False
-        cancel.set()
+        cancel.ask(reason)
         return True
 
-    def cancel(self, *, wait: bool) -> bool:
-        if not self.request_cancel():
+    def cancel(self, *, wait: bool, reason: str = "") -> bool:
+        if not self.request_cancel(reason):
             return False
         listener = self.listener
         if listener is not None:
@@ -116,7 +120,7 @@ class Teleporter:
             if before not in going_on:
                 raise machine.illegal("teleported", "running or paused")
             machine.tracing.refuse("teleported")
-            cancel = self._cancel = threading.Event()
+            cancel = self._cancel = CancelRequest()
             self._done.clear()
             machine.set_state(going_on[before])
         view = TeleportView(machine)
@@ -240,6 +244,8 @@ class Teleporter:
         machine = self._machine
         if not insecure and machine.config.teleporter.password_verifier is None:
             check_exposure(machine.name, machine.registry.transport(where.scheme), where)
+        if machine.snapshots is not None:
+            machine.snapshots.refuse_half_restored("made to wait for a teleport")
         with machine.operation:
             machine.set_state(_S.TELEPORTING_IN)
             try:
@@ -252,7 +258,7 @@ class Teleporter:
                 machine.scrap()
                 machine.set_state(_S.POWERED_OFF)
                 raise
-            self._cancel = threading.Event()
+            self._cancel = CancelRequest()
             self._given_up = False
         return listener.address
 

@@ -63,9 +63,12 @@ class StorageImage(ABC):
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Make [offset, offset+length) read as zeroes, by giving the space back if `may_unmap` and that is quicker."""
 
+    def abort(self) -> None:  # noqa: B027 - what waits for a kernel cannot be woken
+        """Make every call that waits fail soon, from any thread: nobody wants the image any more. `close` follows."""
+
     @abstractmethod
     def close(self) -> None:
-        """Free it; idempotent. Does not flush."""
+        """Free it; idempotent. Does not flush, and waits for nothing but the host's kernel."""
 
 
 @frozen
@@ -142,6 +145,9 @@ class LeaseStore(ABC):
     @abstractmethod
     def still_locked(self) -> bool:
         """Whether the storage still honours our lock, as far as can be told quickly."""
+
+    def abort(self) -> None:  # noqa: B027 - as of an image
+        """Make every call that waits fail soon, from any thread. `close` follows."""
 
     @abstractmethod
     def close(self) -> None:
@@ -224,8 +230,10 @@ class StorageDriver(ABC):
     def copy(self, uri: str, target: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Copy the image to the new file `target`, sparse, sharing blocks where the file system can.
 
+        Raises StorageError when a byte of it could not be read; then there is no `target`. The caller makes it durable.
+
         Args:
-            progress: called with (bytes done, bytes in all).
+            progress: called with (bytes done, bytes in all) every few MiB; what it raises ends the copying.
         """
         from vmf.errors import StorageError
 

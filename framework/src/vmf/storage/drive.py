@@ -46,6 +46,7 @@ class Drive:
         can_discard: discarding gives space back.
         serial: identifies the drive to the guest, at most 20 ASCII characters, equal at both ends of a teleport.
         claimed_by: the device that serves it; "" when none does.
+        given_up: requests were given up (`abort`) that the storage did not answer: they may still reach it.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Drive:
         self.can_discard = can_discard
         self.serial = f"vmf-{type.value}-{port}"
         self.claimed_by = ""
+        self.given_up = False
         self._image: StorageImage | None = None
         self._fence: Callable[[], None] | None = None
 
@@ -89,6 +91,13 @@ class Drive:
         image, self._image = self._image, None
         self._fence = None
         return image
+
+    def abort(self) -> None:
+        """The machine ends without waiting: what is under way in the image fails, where the storage can do that."""
+        image = self._image
+        if image is not None:
+            self.given_up = True
+            image.abort()
 
     @property
     def attached(self) -> bool:

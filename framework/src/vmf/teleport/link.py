@@ -176,6 +176,21 @@ def explain(error: BaseException, who: str, phase: Phase) -> TeleportError:
     return TeleportError(f"the teleport failed in phase {phase.value}: {type(error).__name__}: {error}.")
 
 
+class CancelRequest(threading.Event):
+    """The user's event, with a reason: set it by `ask`.
+
+    Attributes:
+        reason: a clause for people; "" for a plain request.
+    """
+
+    reason = ""
+
+    def ask(self, reason: str = "") -> None:
+        """Cancel; the first reason counts."""
+        self.reason = self.reason or reason
+        self.set()
+
+
 class Canceller:
     """Watches the user's event, and a time limit, for one session.
 
@@ -220,7 +235,10 @@ class Canceller:
     def error(self) -> TeleportError | None:
         """Why the session should end, or None."""
         if self._event is not None and self._event.is_set():
-            return TeleportCancelled("the teleport was cancelled.")
+            reason = str(getattr(self._event, "reason", ""))
+            return TeleportCancelled(
+                f"the teleport was cancelled: {reason}." if reason else "the teleport was cancelled."
+            )
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return TeleportError(
                 f"the teleport did not complete within the {self._timeout_s:g} s allowed.",

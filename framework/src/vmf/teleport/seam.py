@@ -6,7 +6,7 @@ the work is done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import frozen
@@ -124,6 +124,15 @@ class KeepsLeases(Protocol):
         At the target after HANDOVER, before the guest runs; at the source when it goes on after all. Raises VmfError
         when the generation is not the expected one any more: then the other side has the machine.
         """
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """Optional: a machine that waits for something that may not answer (its storage), and can stop waiting."""
+
+    def interrupted_by(self, look: Callable[[], None]) -> None:
+        """At the source, before anything else: call `look` at least ten times a second while waiting; it raises when
+        the teleport is to end, and never after the handover has begun."""
 
 
 @runtime_checkable

@@ -49,7 +49,14 @@ from vmf.teleport.protocol import Connection, Phase, Role, SourceOutcome
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.handover import SOURCE_OWNS, Deed, Note, SourceEvent
 from vmf.teleport.ram import RamSender
-from vmf.teleport.seam import KeepsJournal, KeepsLeases, Stopped, TeleportableMachine, payload_kinds
+from vmf.teleport.seam import (
+    Interruptible,
+    KeepsJournal,
+    KeepsLeases,
+    Stopped,
+    TeleportableMachine,
+    payload_kinds,
+)
 from vmf.transport.base import Address, Channel
 
 log = logging.getLogger(__name__)
@@ -136,6 +143,8 @@ class _Source:
         self._remote_error: BaseException | None = None
         self._reader = threading.Thread(target=self._read, name="vmf-teleport-reader", daemon=True)
         self._canceller = Canceller(cancel, options.timeout_s, now=lambda: self._inbox.put(None), late=self._break)
+        if isinstance(machine, Interruptible):
+            machine.interrupted_by(self._canceller.check)
         self._tracker: DirtyTracker | None = None
         self._stopped = Stopped(running=False, at_ns=0)
         self._t_start = self._t_stopped = 0

@@ -17,6 +17,7 @@ Theory of operation
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from struct import Struct
 from typing import Any
@@ -26,7 +27,7 @@ from vmf.device.base import DeviceEnvironment
 from vmf.errors import StateError, VmfError
 from vmf.memory.scattered import total_bytes
 from vmf.storage import SECTOR_SIZE, Drive
-from vmf_device_virtio.iothreads import DRAIN_SECONDS, IoThreads
+from vmf_device_virtio.iothreads import ABORT_SECONDS, END_SECONDS, IoThreads
 from vmf_device_virtio.pci import HostBridge
 from vmf_device_virtio.queue import Chain, QueueError
 from vmf_device_virtio.transport import VirtioDevice
@@ -338,11 +339,16 @@ class VirtioBlock(VirtioDevice):
         self._sectors = values["sectors"]
 
     def close(self) -> None:
+        end = time.monotonic() + END_SECONDS
         for threads in (self._quick, self._threads):
             try:
-                threads.drain(DRAIN_SECONDS)
-            except StateError as error:
-                log.warning("%s", error)
+                threads.drain(max(end - time.monotonic(), 0.0))
+            except StateError:
+                self._drive.abort()
+                try:
+                    threads.drain(ABORT_SECONDS)
+                except StateError as error:
+                    log.warning("port %d: %s", self._drive.port, error)
             threads.close()
         for queue in self.queues:
             queue.stop()

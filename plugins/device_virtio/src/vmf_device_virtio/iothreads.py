@@ -24,8 +24,12 @@ QUICK_NS = 500_000
 """A job that takes no longer was no real I/O, and the next one will not be either: news may wait for that."""
 TOGETHER_MAX = 8
 """Finished jobs that are told together at the latest."""
-DRAIN_SECONDS = 30.0
+DRAIN_SECONDS = 10.0
 """How long a pause, a reset or a handover waits for storage that does not answer."""
+END_SECONDS = 5.0
+"""And how long the end of the machine does, before what is under way is given up."""
+ABORT_SECONDS = 1.0
+"""For requests that are given up to come back."""
 
 
 class Job(Protocol):
@@ -115,8 +119,8 @@ class IoThreads(Generic[J]):
                 job = self._done.get(timeout=max(end - time.monotonic(), 0.001))
             except queue.Empty:
                 raise StateError(
-                    f"{self._name}: {self.under_way} requests to its storage are not answered since {seconds:.0f} s.",
-                    "Look after the storage; the machine goes on meanwhile.",
+                    f"{self._name}: {self.under_way} requests to its storage have had no answer for {seconds:.0f} s.",
+                    "Look after the storage; the machine continues meanwhile.",
                 ) from None
             self.under_way -= 1
             self._finished([job])

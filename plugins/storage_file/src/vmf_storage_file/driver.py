@@ -19,7 +19,7 @@ import stat
 from collections.abc import Callable
 
 from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
-from vmf.storage import formats
+from vmf.storage import formats, sparse
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, ImageMark, LeaseStore, StorageDriver, StorageImage
 from vmf.storage.uri import file_path, split_options
 from vmf_storage_file import kernel, mounts, qemulocks
@@ -30,7 +30,6 @@ IMAGE_LOCK = 1 << 62
 MARKS = 1 << 61
 """Marks are locks on one of the 2^40 bytes from here."""
 FICLONE = 0x40049409  # <linux/fs.h>
-COPY_STEP = 16 << 20
 MAX_SIZE = 1 << 60
 
 
@@ -159,13 +158,14 @@ class FileDriver(StorageDriver):
                     fcntl.ioctl(copy, FICLONE, source)
                 except OSError:
                     _copy_data(source, copy, size, progress)
-                os.fsync(copy)
             except BaseException:
                 os.unlink(target)
                 raise
             finally:
                 os.close(copy)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the copy's file system
+                raise StorageError(f"{path} cannot be copied to {target}: there is no room.", "Make room.") from error
             raise explain(path, f"copied to {target}", error) from error
         finally:
             os.close(source)
@@ -279,30 +279,35 @@ def _size(path: str, descriptor: int) -> int:
 
 
 def _copy_data(source: int, copy: int, size: int, progress: Callable[[int, int], None] | None) -> None:
-    at = 0
-    while at < size:
-        try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                break  # only a hole is left
-            raise
-        end = min(os.lseek(source, at, os.SEEK_HOLE), size)
-        while at < end:
-            at += _copy_step(source, copy, at, min(COPY_STEP, end - at))
+    """Copy what is no hole. Raises OSError, also when the source turns out to be shorter than `size`."""
+    block = memoryview(bytearray(min(sparse.CHUNK, size)))
+    in_kernel = True
+    for start, end in sparse.data_extents(source, size):
+        for at in range(start, end, sparse.CHUNK):
+            length = min(sparse.CHUNK, end - at)
+            in_kernel = in_kernel and _copy_in_kernel(source, copy, at, length)
+            if not in_kernel:
+                view = block[:length]
+                sparse.read_fully(source, view, at)
+                if not sparse.is_zero(view):  # a block device does not tell where it is empty
+                    sparse.write_fully(copy, view, at)
             if progress is not None:
-                progress(at, size)
+                progress(at + length, size)
     if progress is not None:
         progress(size, size)
 
 
-def _copy_step(source: int, copy: int, at: int, length: int) -> int:
-    try:
-        count = os.copy_file_range(source, copy, length, at, at)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise
-        count = os.pwrite(copy, os.pread(source, length, at), at)
-    if not count:
-        raise OSError(errno.EIO, "the image became shorter meanwhile")
-    return count
+def _copy_in_kernel(source: int, copy: int, at: int, length: int) -> bool:
+    """Have the kernel copy a stretch; False where it cannot. Raises OSError."""
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(source, copy, length - done, at + done, at + done)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF):
+                raise
+            return False
+        if not count:
+            raise sparse.CutShort(at + done, at + length)
+        done += count
+    return True

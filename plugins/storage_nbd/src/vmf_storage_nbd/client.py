@@ -209,16 +209,20 @@ class Client:
         return bytes(data)
 
     def close(self) -> None:
-        """Say good-bye; idempotent."""
-        if not self.broken:
+        """Say good-bye; idempotent. Waits for nobody: a server that does not read is just left."""
+        if not self.broken and self._sending.acquire(blocking=False):
             try:
-                with self._sending:
-                    header = p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.Command.DISC, 0, 0, 0)
-                    self._stream.send([memoryview(header)])
+                self._stream.send_last(p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.Command.DISC, 0, 0, 0))
             except OSError:
                 pass  # it was the last word anyway
+            finally:
+                self._sending.release()
         self._break(OSError("it was closed"))
         self._stream.close()
+
+    def abort(self) -> None:
+        """Break the connection: every request that waits fails. Any thread."""
+        self._break(OSError("it was given up"))
 
 
 class _Nonsense(Exception):

@@ -38,6 +38,7 @@ class Connection:
         self.first: Export = self._client.export
         self.replaced = 0
         self._closed = False
+        self._given_up = False
 
     def _connect(self) -> Client:
         stream, export = open_export(self._address, self._name)
@@ -49,7 +50,7 @@ class Connection:
         if client is not None and not client.broken:
             return client
         with self._lock:
-            if self._closed:
+            if self._closed or self._given_up:
                 raise StorageError(f"{self._address.uri} is closed.")
             if self._client is None or self._client.broken:
                 fresh = self._connect()
@@ -61,6 +62,12 @@ class Connection:
                 self._client = fresh
                 self.replaced += 1
             return self._client
+
+    def abort(self) -> None:
+        """Fail everything that waits, and connect no more. Any thread; does not wait."""
+        self._given_up = True
+        if (client := self._client) is not None:
+            client.abort()
 
     def close(self) -> None:
         with self._lock:
@@ -168,6 +175,9 @@ class NbdImage(StorageImage):
         if offset < 0 or length < 0 or offset + length > self.size:
             raise StorageError(f"{self.uri}: [{offset}, {offset + length}) is not within its {self.size} bytes.")
 
+    def abort(self) -> None:
+        self._connection.abort()
+
     def close(self) -> None:
         self._connection.close()
 
@@ -216,6 +226,9 @@ class LeaseExport(LeaseStore):
 
     def still_locked(self) -> bool:
         return True
+
+    def abort(self) -> None:
+        self._connection.abort()
 
     def close(self) -> None:
         self._connection.close()

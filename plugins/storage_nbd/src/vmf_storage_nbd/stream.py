@@ -73,6 +73,10 @@ class Stream:
                 raise Closed("the server closed the connection")
             buffer = buffer[count:]
 
+    def send_last(self, data: bytes) -> None:
+        """Send a few bytes if the connection takes them at once; it is no matter if not."""
+        self._socket.send(data, socket.MSG_DONTWAIT)
+
     def shutdown(self) -> None:
         """Wake whoever waits; any thread."""
         try:
@@ -107,6 +111,10 @@ class TlsStream(Stream):
                     self._wait(select.POLLOUT)
                 except ssl.SSLWantReadError:
                     self._wait(select.POLLIN)
+
+    def send_last(self, data: bytes) -> None:
+        with self._engine:
+            self._tls.send(data)  # it does not block
 
     def receive(self, buffer: memoryview) -> None:
         while buffer.nbytes:
