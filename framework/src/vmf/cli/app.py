@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmf.cli.output import Streams
 from vmf.cli.password import hide
 from vmf.errors import PluginError, VmfError
 
@@ -152,15 +153,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends the process."""
     if arguments is None:
         hide(sys.argv)
-    sys.exit(run(arguments))
+    streams = Streams()
+    sys.exit(streams.status(run(arguments)))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status. Every error becomes lines on stderr."""
     global _json
     _json = False
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = cli.main(args=None if arguments is None else list(arguments), prog_name="vmf", standalone_mode=False)
+        result = cli.main(args=given, prog_name="vmf", standalone_mode=False)
         sys.stdout.flush()
     except VmfError as error:
         return _report(error)
@@ -169,25 +172,37 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if context is not None and isinstance(error, _ONLY_HELP):
             click.echo(context.get_help(), err=True)
             return 2
-        hint = f" See `{context.command_path} --help`." if context is not None else ""
-        _line(f"vmf: error: {error.format_message().rstrip()}{hint}")
-        return 2
+        remedy = f"See `{context.command_path} --help`." if context is not None else ""
+        return _end(given, "usage", error.format_message().rstrip(), remedy, 2)
     except click.ClickException as error:
-        _line(f"vmf: error: {error.format_message()}")
-        return error.exit_code
+        return _end(given, "usage", error.format_message(), "", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        if _asks_for_json(given):
+            _print_error({"code": "interrupted", "message": "interrupted", "remedy": ""})
         _line("vmf: interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone (`vmf list vms | head -1`); the interpreter must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
         _debug()
-        text = " ".join(str(error).split())
-        _line(f"vmf: error: internal error, {type(error).__name__}: {text} Report it with what VMF_DEBUG=1 shows.")
-        return EXIT_INTERNAL
+        text = f"internal error, {type(error).__name__}: {' '.join(str(error).split())}"
+        return _end(given, "internal", text, "Report it with what VMF_DEBUG=1 shows.", EXIT_INTERNAL)
     return result if isinstance(result, int) else 0
+
+
+def _asks_for_json(arguments: list[str]) -> bool:
+    """Whether --json is among a command's arguments, which may be too wrong to be parsed."""
+    return wants_json() or "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
+def _end(arguments: list[str], code: str, message: str, remedy: str, status: int) -> int:
+    """Tell an error that is none of vmf's own; gives `status`."""
+    if _asks_for_json(arguments):
+        _print_error({"code": code, "message": message, "remedy": remedy})
+    _line(f"vmf: error: {message} {remedy}".rstrip())
+    return status
+
+
+def _print_error(record: dict[str, Any]) -> None:
+    click.echo(json.dumps({"error": record}))
 
 
 def _report(error: VmfError) -> int:
@@ -200,7 +215,7 @@ def _report(error: VmfError) -> int:
             import attrs
 
             record["blockers"] = [attrs.asdict(blocker) for blocker in blockers]
-        click.echo(json.dumps({"error": record}))
+        _print_error(record)
     if len(problems) > 1:
         where = error.message.partition(":")[0]
         for problem in problems:

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vmf import sizes
+
 if TYPE_CHECKING:
     from vmf.machine.home import Home
+
+    _IntType = click.ParamType[int]
+else:
+    _IntType = click.ParamType  # generic from click 8.4 on only
 
 F = TypeVar("F", bound=Callable[..., Any])
 NONE = "none"
@@ -33,6 +39,24 @@ def _machine_names(ctx: click.Context, param: click.Parameter, incomplete: str) 
 def machine_argument(function: F) -> F:
     """The NAME of an existing machine, completed by the shell."""
     return click.argument("name", metavar="NAME", shell_complete=_machine_names)(function)
+
+
+class Mebibytes(_IntType):
+    """A memory size: MiB as a plain number, or with a unit: 512M, 1G, 1.5GiB."""
+
+    name = "MIB"
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        size = sizes.parse(str(value), "M")
+        if size is None:
+            self.fail(f"{value!r} is not a size. Write MiB as a number, or a number with a unit: 512M, 1G.", param, ctx)
+        if size % (1 << 20):
+            self.fail(f"{value!r} is not a whole number of MiB.", param, ctx)
+        return size >> 20
+
+
+MEBIBYTES = Mebibytes()
 
 
 def installed(kind: str, name: str) -> None:
@@ -59,6 +83,17 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
     widths = [max(len(row[column]) for row in everything) for column in range(len(header))]
     for row in everything:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def paragraphs(entries: Sequence[tuple[str, str]]) -> None:
+    """A text for each label, indented and as wide as the terminal."""
+    import shutil
+    import textwrap
+
+    width = max(40, min(shutil.get_terminal_size().columns, 120))
+    for label, text in entries:
+        click.echo(f"\n{label}")
+        click.echo(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 def size(count: float) -> str:

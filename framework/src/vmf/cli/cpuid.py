@@ -292,11 +292,11 @@ def read_party(path: Path) -> Party:
     from vmf.cpuid.baseline import Party
     from vmf.cpuid.negotiate import Capability
     from vmf.errors import ConfigError, StateError
+    from vmf.reading import read_file
 
     remedy = "Make it anew with `vmf cpuid show --json` on that host."
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
+        raw, _ = read_file(path, MAX_FILE_BYTES + 1)
         if len(raw) > MAX_FILE_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes.", remedy)
         data = json.loads(raw)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmf.cli.common import NONE, F, home, installed, machine_argument, say
+from vmf.cli.common import MEBIBYTES, NONE, F, home, installed, machine_argument, say
 from vmf.cli.teleporter import apply, prepare, take, teleporter_options
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _hardware_options(function: F) -> F:
 
 @click.command()
 @click.argument("name", metavar="NAME")
-@click.option("--memory", type=int, required=True, metavar="MIB", help="Guest memory in MiB.")
+@click.option("--memory", type=MEBIBYTES, required=True, help="Guest memory in MiB, or with a unit: 512M, 1G.")
 @_hardware_options
 @teleporter_options
 def createvm(name: str, memory: int, **options: Any) -> None:
@@ -103,7 +103,7 @@ def createvm(name: str, memory: int, **options: Any) -> None:
 
 @click.command()
 @machine_argument
-@click.option("--memory", type=int, metavar="MIB", help="Guest memory in MiB.")
+@click.option("--memory", type=MEBIBYTES, help="Guest memory in MiB, or with a unit: 512M, 1G.")
 @click.option(
     "--uuid",
     type=click.Choice(["new", "keep"]),

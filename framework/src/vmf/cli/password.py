@@ -18,6 +18,7 @@ import click
 
 from vmf.directories import absolute
 from vmf.errors import ConfigError
+from vmf.reading import read_descriptor, read_file
 
 STDIN = "stdin"
 OPTIONS = ("--password", "--teleporter-password")
@@ -83,20 +84,25 @@ def _typed(new: bool) -> str:
 
 def _read(option: str, name: str) -> bytes:
     if name == STDIN:
-        return sys.stdin.buffer.readline(MAX_FILE_BYTES + 1)
-    path = absolute(name)
+        try:
+            # Not through Python's buffer: what follows the line is for who reads standard input next.
+            return read_descriptor(sys.stdin.fileno(), MAX_FILE_BYTES + 1, line=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{option} stdin: standard input cannot be read: {error.strerror or error}.",
+                "Write the password and a newline to it.",
+            ) from error
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            mode = stat.S_IMODE(status.st_mode)
-            if stat.S_ISREG(status.st_mode) and mode & 0o077:
-                raise ConfigError(
-                    f"{option} {name}: it can be read or changed by other users (mode {mode:04o}).",
-                    f"chmod 600 {name} - and if somebody else could have read it, choose another password.",
-                )
-            if stat.S_ISREG(status.st_mode) and status.st_uid not in (0, os.geteuid()):
-                raise ConfigError(f"{option} {name}: it belongs to user {status.st_uid}.", "Make a copy of your own.")
-            return file.read(MAX_FILE_BYTES + 1)
+        content, status = read_file(absolute(name), MAX_FILE_BYTES + 1)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISREG(status.st_mode) and mode & 0o077:
+            raise ConfigError(
+                f"{option} {name}: it can be read or changed by other users (mode {mode:04o}).",
+                f"chmod 600 {name} - and if somebody else could have read it, choose another password.",
+            )
+        if stat.S_ISREG(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+            raise ConfigError(f"{option} {name}: it belongs to user {status.st_uid}.", "Make a copy of your own.")
+        return content
     except OSError as error:
         raise ConfigError(
             f"{option} {name}: it cannot be read: {error.strerror or error}.",

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmf.cli.app import json_option
-from vmf.cli.common import home, machine_argument, printable, say, table
+from vmf.cli.common import home, machine_argument, paragraphs, printable, say, table
 from vmf.errors import VmfError
 
 if TYPE_CHECKING:
-    from vmf.machine.config import DriveConfig
+    from vmf.machine.config import DriveConfig, TeleporterConfig
     from vmf.machine.home import Home
 
-UNRESPONSIVE = "not answering"
+UNRESPONSIVE = "does not answer"
 UNREACHABLE = "running, unreachable"
 
 
@@ -36,7 +36,7 @@ def showvminfo(name: str, as_json: bool) -> None:
     config = where.load(name)
     paths = where.paths(name)
     process = where.process(name)
-    state, live = _state(where, name)
+    state, live = _states(where, [name])[name]
     last = where.last_run(name) if process is None else {}
     why = _explain(where, name, state)
     if as_json:
@@ -56,7 +56,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         say(json.dumps(answer, indent=2))
         return
     teleporter = config.teleporter
-    waits = f"on, {teleporter.transport}:{teleporter.address}:{teleporter.port}" if teleporter.enabled else "off"
+    waits = f"on, {_configured(teleporter)}" if teleporter.enabled else "off"
     rows: list[tuple[str, object]] = [
         ("Name", name),
         ("State", state),
@@ -85,7 +85,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Teleporter", waits),
         ("Teleports allowed from", ", ".join(teleporter.allow)),
         ("Teleport password", "set" if teleporter.password_verifier else ""),
-        ("Waits at", live.get("teleporter_address")),
+        ("Waits at", ", ".join(live.get("teleporter_addresses", ()))),
         ("Answers at", _answers(live.get("answers_at"))),
         ("Guest time", f"{live['guest_time_seconds']} s" if "guest_time_seconds" in live else ""),
         ("Definition", paths.definition),
@@ -137,6 +137,13 @@ def _copied_from(where: Home, name: str) -> str:
     except InvalidStateError as error:
         return str(error)
     return ""
+
+
+def _configured(teleporter: TeleporterConfig) -> str:
+    """Where the definition lets it wait; "Waits at" tells where it does."""
+    host = teleporter.address.strip("[]")
+    where = f"[{host}]" if ":" in host else host
+    return f"{teleporter.transport}, {where}, port {teleporter.port or 'chosen at the start'}"
 
 
 def _answers(address: Any) -> str:
@@ -219,13 +226,15 @@ def plugins(as_json: bool) -> None:
     if as_json:
         say(json.dumps([attrs.asdict(record) for record in records], indent=2))
         return
-    rows = []
+    rows, reasons = [], []
     for record in records:
         here = "yes" + (f" ({record.detail})" if record.detail else "")
         if not record.usable:
-            here = f"no: {record.reason.rstrip('.')}. {record.remedy}".rstrip()
+            here = "no, see below"
+            reasons.append((f"{record.kind} {record.name}:", f"{record.reason.rstrip('.')}. {record.remedy}".rstrip()))
         rows.append((record.kind, record.name, record.version, record.distribution, here))
     table(rows, ("KIND", "NAME", "VERSION", "DISTRIBUTION", "USABLE HERE"))
+    paragraphs(reasons)
 
 
 def _list_machines(where: Home, names: list[str], as_json: bool) -> None:
@@ -236,8 +245,11 @@ def _list_machines(where: Home, names: list[str], as_json: bool) -> None:
         except VmfError as error:
             records.append({"name": name, "uuid": "", "state": "invalid", "memory_mib": 0, "error": str(error)})
             continue
-        state, _ = _state(where, name)
-        records.append({"name": name, "uuid": config.uuid, "state": state, "memory_mib": config.memory_mib})
+        records.append({"name": name, "uuid": config.uuid, "state": "", "memory_mib": config.memory_mib})
+    states = _states(where, [record["name"] for record in records if not record["state"]])
+    for record in records:
+        if not record["state"]:
+            record["state"] = states[record["name"]][0]
     if as_json:
         say(json.dumps(records, indent=2))
         return
@@ -250,19 +262,22 @@ def _list_machines(where: Home, names: list[str], as_json: bool) -> None:
     )
 
 
-def _state(where: Home, name: str) -> tuple[str, dict[str, Any]]:
-    """The machine's state, and what its process says of it."""
-    if where.process(name) is None:
-        return where.resting_state(name), {}
-    from vmf.control.client import ControlClient
+def _states(where: Home, names: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Of each machine: its state, and what its process says of it. Those that run are asked side by side."""
+    running = [name for name in names if where.process(name) is not None]
+    if not running:
+        return {name: (where.resting_state(name), {}) for name in names}
+    from vmf.control.asking import ask_all
     from vmf.control.reach import Unreachable
 
-    try:
-        with ControlClient.of(where, name) as machine:
-            live = machine.info()
-    except Unreachable:
-        return (UNREACHABLE if where.process(name) else where.resting_state(name)), {}
-    except VmfError:
-        # It may have ended just now.
-        return (UNRESPONSIVE if where.process(name) else where.resting_state(name)), {}
-    return str(live.get("state", UNRESPONSIVE)), live
+    answers = ask_all(where, running, lambda machine: machine.info())
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name in names:
+        live = answers.get(name)
+        if isinstance(live, dict):
+            found[name] = str(live.get("state", UNRESPONSIVE)), live
+        elif live is not None and where.process(name) is not None:
+            found[name] = (UNREACHABLE if isinstance(live, Unreachable) else UNRESPONSIVE), {}
+        else:  # it may have ended just now
+            found[name] = where.resting_state(name), {}
+    return found

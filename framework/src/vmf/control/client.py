@@ -27,8 +27,9 @@ CONNECT_SECONDS = 5.0
 class ControlClient:
     """A connection to the process that runs a machine. Every call raises what the machine raised there."""
 
-    def __init__(self, connection: socket.socket, name: str) -> None:
+    def __init__(self, connection: socket.socket, name: str, patience: float | None = None) -> None:
         self.name = name
+        self._patience = patience
         self._socket = connection
         self._lines = rpc.LineBuffer(rpc.MAX_RESPONSE)
         self._waiting: Iterator[bytes] = iter(())
@@ -36,11 +37,15 @@ class ControlClient:
         self._listener: Callable[[Plain], None] | None = None
 
     @classmethod
-    def of(cls, home: Home, name: str) -> ControlClient:
-        """Connect to a machine. Raises NotFoundError, InvalidStateError when it does not run, ControlError."""
-        connection = reach(home, name, CONTROL, CONNECT_SECONDS)
+    def of(cls, home: Home, name: str, patience: float | None = None) -> ControlClient:
+        """Connect to a machine. Raises NotFoundError, InvalidStateError when it does not run, ControlError.
+
+        Args:
+            patience: the longest silence in seconds of any call, the connection included; None for each call's own.
+        """
+        connection = reach(home, name, CONTROL, patience or CONNECT_SECONDS)
         connection.settimeout(None)
-        return cls(connection, name)
+        return cls(connection, name, patience)
 
     def __enter__(self) -> ControlClient:
         return self
@@ -221,7 +226,7 @@ class ControlClient:
         After an error of the connection itself (ControlError) the client cannot be used any more.
         """
         identifier = next(self._numbers)
-        self._socket.settimeout(timeout)
+        self._socket.settimeout(timeout if self._patience is None else self._patience)
         try:
             self._socket.sendall(rpc.encode({"id": identifier, "method": method, "params": dict(params or {})}))
         except OSError as error:

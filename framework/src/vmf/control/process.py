@@ -142,14 +142,15 @@ def _make_room(home: Home, config: MachineConfig) -> None:
 
     It arrived there, and its source did not confirm that; whoever waits there now answers in its place.
     """
+    from vmf.control.asking import ask_all
     from vmf.control.client import ControlClient
 
-    for other in home.running():
-        if other != config.name:
-            with contextlib.suppress(VmfError), ControlClient.of(home, other) as client:
-                at = str(client.info().get("answers_at", ""))
-                if at.rpartition(":")[2] == str(config.teleporter.port):
-                    client.release_teleporter()
+    def release(client: ControlClient) -> None:
+        at = str(client.info().get("answers_at", ""))
+        if at.rpartition(":")[2] == str(config.teleporter.port):
+            client.release_teleporter()
+
+    ask_all(home, [other for other in home.running() if other != config.name], release)
 
 
 def _real_machine(config: MachineConfig, report: Callable[[VmfError], None]) -> ControlledMachine:
@@ -323,7 +324,7 @@ def spawn_detached(
         vmm_log = os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise explained(error, paths.vmm_log) from error
-    reader, writer = os.pipe()
+    reader, writer = (_above_streams(each) for each in os.pipe())
     try:
         with open(vmm_log, "wb") as output:
             child = subprocess.Popen(
@@ -386,6 +387,17 @@ def _died_early(name: str, vmm_log: Path, child: subprocess.Popen[bytes]) -> Mac
     with contextlib.suppress(OSError), vmm_log.open("a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR vmf.process: {error}\n")
     return error
+
+
+def _above_streams(descriptor: int) -> int:
+    """Where a standard stream is closed, a pipe gets its number, which the child's own streams take again."""
+    if descriptor > 2:
+        return descriptor
+    import fcntl
+
+    higher = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(descriptor)
+    return higher
 
 
 class _Reporter(Observer):

@@ -30,6 +30,7 @@ from vmf.machine.config_checks import AUTO_LEVEL as AUTO_LEVEL
 from vmf.machine.config_checks import MAX_DRIVES
 from vmf.machine.config_checks import NAME_PATTERN as NAME_PATTERN
 from vmf.machine.config_checks import split_peer as split_peer
+from vmf.reading import open_regular
 
 FORMAT_VERSION = 1
 """Of the TOML file. Readers refuse newer ones."""
@@ -448,7 +449,7 @@ def parse(text: str, where: str) -> MachineConfig:
 def load(path: Path) -> MachineConfig:
     """Read a definition file. Raises ConfigError naming the file and key; FileNotFoundError when there is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise

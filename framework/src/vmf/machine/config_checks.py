@@ -184,7 +184,8 @@ def address(value: Any) -> None:
     if not value:
         raise Bad("is empty", 'Write "0.0.0.0" to listen on every IPv4 address of this host.')
     try:
-        ipaddress.ip_address(value.partition("%")[0])
+        bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        ipaddress.ip_address(bare.partition("%")[0])
     except ValueError:
         if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", value):
             raise Bad(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vmf.errors import ImageError
 from vmf.machine import boot
 from vmf.memory.guest import GuestMemory
+from vmf.reading import open_regular
 
 if TYPE_CHECKING:
     from vmf.cpu.state import VcpuState
@@ -40,7 +41,7 @@ class Startup:
             status = path.stat()
             key = (str(path), status.st_mtime_ns, status.st_size)
             if key not in self._digests:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     self._digests[key] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
             return self._digests[key]
         except OSError as error:

@@ -72,6 +72,7 @@ class Teleporter:
             answer["answers_at"] = str(witness.address)
         if (listener := self.listener) is not None:
             answer["teleporter_address"] = str(listener.address)
+            answer["teleporter_addresses"] = [str(each) for each in listener.addresses]
             answer["teleporter_notices"] = list(listener.notices)
         return answer
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import frozen
 
+from vmf import sizes
 from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
 from vmf.storage import lease as rules
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, LeaseStore, StorageDriver
@@ -19,8 +19,6 @@ from vmf.storage.uri import absolute, scheme_of
 if TYPE_CHECKING:
     from vmf.machine.home import Home
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 class Drivers(Protocol):
     """What of a `PluginRegistry` is needed here."""
@@ -30,8 +28,7 @@ class Drivers(Protocol):
 
 def parse_size(text: str) -> int:
     """Bytes from "4G", "512M", "1.5GiB" or a number of bytes; units are powers of 1024. Raises ConfigError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = round(float(found[1]) * _UNITS[found[2].upper()]) if found is not None else 0
+    size = sizes.parse(text) or 0
     if size <= 0 or size % SECTOR_SIZE:
         raise ConfigError(
             f"{text!r} is not the size of a disk.",

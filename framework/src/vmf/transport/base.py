@@ -19,12 +19,19 @@ ByteRanges = npt.NDArray[np.uint64]
 """Shape (n, 2): offset and length in bytes of each range."""
 
 
+def _without_brackets(host: str) -> str:
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 @frozen
 class Address:
-    """Where to listen or connect: `scheme:host:port`; port 0 listens on a free one."""
+    """Where to listen or connect: `scheme:host:port`; port 0 listens on a free one.
+
+    An IPv6 address may stand in brackets, as it does in URIs and wherever a port follows; `host` is without.
+    """
 
     scheme: str
-    host: str
+    host: str = field(converter=_without_brackets)
     port: int
     options: Mapping[str, Any] = field(factory=dict)
     """Transport-specific settings (certificates and so on)."""
@@ -92,6 +99,12 @@ class Listener(ABC):
 
     address: Address
     """Where it listens, with the port that was really taken."""
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Of a name with several addresses (`localhost`): all of them, `address` first."""
+        return (self.address,)
+
     notices: tuple[str, ...] = ()
     """As of `Channel`."""
 

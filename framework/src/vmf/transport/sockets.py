@@ -31,6 +31,7 @@ from vmf.transport.base import Address, Channel
 _BACKLOG = 128
 """Connections that the kernel holds until they are accepted; a flood beyond that makes honest ones try again, late."""
 _ANY = ("", "*")
+_PORT_ATTEMPTS = 20
 _RESOLVE_SECONDS = 20.0
 _PRIVILEGED_PORTS = 1024
 
@@ -104,13 +105,15 @@ def address_of(scheme: str, where: tuple[Any, ...]) -> Address:
 
 
 class Acceptor:
-    """A listening socket and a pipe to wake whoever waits on it."""
+    """Listening sockets of one port, and a pipe to wake whoever waits on them."""
 
-    def __init__(self, scheme: str, listening: socket.socket) -> None:
-        """Takes the socket over; `scheme` is for the address."""
-        listening.setblocking(False)
-        self._socket = listening
-        self.address = address_of(scheme, listening.getsockname())
+    def __init__(self, scheme: str, *listening: socket.socket) -> None:
+        """Takes the sockets over; `scheme` is for the addresses."""
+        self._sockets = {each.fileno(): each for each in listening}
+        for each in listening:
+            each.setblocking(False)
+        self.addresses = tuple(address_of(scheme, each.getsockname()) for each in listening)
+        self.address = self.addresses[0]
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._accepting = threading.Lock()
         self._guard = threading.Lock()
@@ -127,7 +130,8 @@ class Acceptor:
             if self._shut:
                 raise self._closed_error()
             poll = select.poll()
-            poll.register(self._socket, select.POLLIN)
+            for descriptor in self._sockets:
+                poll.register(descriptor, select.POLLIN)
             poll.register(self._wake_read, select.POLLIN)
             while True:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
@@ -137,7 +141,7 @@ class Acceptor:
                 if not ready:
                     raise TransportTimeout(f"nobody connected to {self.address} within {_seconds(timeout or 0)}.")
                 try:
-                    return self._socket.accept()
+                    return self._sockets[ready[0][0]].accept()
                 except OSError as error:
                     if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO):
                         raise TransportError(
@@ -162,24 +166,36 @@ class Acceptor:
             if self._closed:
                 return
             self._closed = True
-            self._socket.close()
+            for each in self._sockets.values():
+                each.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
 
 
 def listen(address: Address) -> Acceptor:
-    """As `Transport.listen`."""
+    """As `Transport.listen`. A name is listened to at all of its addresses, with one port."""
     check_port(address, 0)
     if address.host in _ANY:
-        candidates: list[Resolved] = [(socket.AF_INET, ("0.0.0.0", address.port))]
-        if socket.has_dualstack_ipv6():
-            candidates.insert(0, (socket.AF_INET6, ("::", address.port)))
-    else:
-        candidates = resolve(address, _RESOLVE_SECONDS)
+        return _listen_everywhere(address)
+    candidates = resolve(address, _RESOLVE_SECONDS)
+    for attempt in range(_PORT_ATTEMPTS):
+        try:
+            return Acceptor(address.scheme, *_listen_at_all(candidates))
+        except OSError as error:
+            # A free port of the first address may be taken at the second one: another one is tried.
+            if error.errno != errno.EADDRINUSE or address.port or attempt == _PORT_ATTEMPTS - 1:
+                raise _listen_error(address, error) from error
+    raise AssertionError
+
+
+def _listen_everywhere(address: Address) -> Acceptor:
+    candidates: list[Resolved] = [(socket.AF_INET, ("0.0.0.0", address.port))]
+    if socket.has_dualstack_ipv6():
+        candidates.insert(0, (socket.AF_INET6, ("::", address.port)))
     failure: OSError | None = None
     for family, where in candidates:
         try:
-            return _listen_at(address.scheme, family, where, dual=address.host in _ANY)
+            return Acceptor(address.scheme, _listen_at(family, where, dual=True))
         except OSError as error:
             if failure is None or error.errno != errno.EAFNOSUPPORT:
                 failure = error
@@ -187,7 +203,30 @@ def listen(address: Address) -> Acceptor:
     raise _listen_error(address, failure) from failure
 
 
-def _listen_at(scheme: str, family: socket.AddressFamily, where: tuple[Any, ...], dual: bool) -> Acceptor:
+def _listen_at_all(candidates: list[Resolved]) -> list[socket.socket]:
+    """A socket for each address that this host has; raises OSError when it has none, or one of them is in use."""
+    opened: list[socket.socket] = []
+    failure: OSError | None = None
+    try:
+        for family, where in candidates:
+            port = opened[0].getsockname()[1] if opened else where[1]
+            try:
+                opened.append(_listen_at(family, (where[0], port, *where[2:]), dual=False))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                failure = failure if failure is not None and error.errno == errno.EAFNOSUPPORT else error
+        if not opened:
+            assert failure is not None
+            raise failure
+    except BaseException:
+        for each in opened:
+            each.close()
+        raise
+    return opened
+
+
+def _listen_at(family: socket.AddressFamily, where: tuple[Any, ...], dual: bool) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         # Connections of the last minute in TIME_WAIT must not keep us from the port; another listener still does.
@@ -196,7 +235,7 @@ def _listen_at(scheme: str, family: socket.AddressFamily, where: tuple[Any, ...]
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
         listening.bind(where)
         listening.listen(_BACKLOG)
-        return Acceptor(scheme, listening)
+        return listening
     except BaseException:
         listening.close()
         raise

@@ -28,6 +28,10 @@ class TcpListener(Listener):
         self._acceptor = acceptor
         self.address = acceptor.address
 
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        return self._acceptor.addresses
+
     def accept(self, timeout: float | None) -> Channel:
         while True:
             connection, peer = self._acceptor.accept(timeout)

@@ -24,6 +24,7 @@ from attrs import frozen
 
 from vmf import directories
 from vmf.errors import TransportError
+from vmf.reading import open_regular
 from vmf_transport_tls import sealed
 from vmf_transport_tls.ciphers import prefer_fast
 
@@ -176,6 +177,8 @@ def _check_unchangeable(path: Path) -> None:
 
 def _check_private(key: Path) -> None:
     status = key.stat()
+    if not stat.S_ISREG(status.st_mode):  # OpenSSL would wait for the other end of a pipe
+        raise TransportError(f"{key} is not a file.", "Put the key's PEM file there, mode 0600.")
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise TransportError(
             f"{key} can be read or changed by other users (mode {stat.S_IMODE(status.st_mode):04o}).",
@@ -190,7 +193,8 @@ def read_certificate(path: Path) -> Any:
     from cryptography import x509
 
     try:
-        return _looked_through(x509.load_pem_x509_certificate(path.read_bytes()))
+        with open_regular(path) as file:
+            return _looked_through(x509.load_pem_x509_certificate(file.read()))
     except (OSError, ValueError) as error:
         raise TransportError(
             f"{path} cannot be read as a certificate.", "It must be a PEM file; make it with `vmf tls issue`."

@@ -70,6 +70,10 @@ class TlsListener(Listener):
         self._thread = threading.Thread(target=self._accept, name="vmf-tls-accept", daemon=True)
         self._thread.start()
 
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        return self._acceptor.addresses
+
     def accept(self, timeout: float | None) -> Channel:
         """As the base class says. Raises TransportRefused for a connection that was turned away."""
         if self._shut:
