@@ -26,8 +26,9 @@ HEAD = """\
 <!-- Made by docs/generate_cli_reference.py from the commands themselves. Do not edit. -->
 
 Errors are one line on standard error, `vmf: error: ...`, with the reason and what to do about it. The exit status is
-0 for success, 2 for a mistake in the command line or a definition, 70 for a bug in vmf, 130 after Ctrl-C, and 1 for
-everything else. With `--json` an error is also printed on standard output as
+0 for success, 2 for a mistake in the command line or a definition, 70 for a bug in vmf, 74 when the command did its
+work but its output could not be written (a full disk), 130 after Ctrl-C, 141 when the reader of its output had gone, and
+1 for everything else. With `--json` an error is also printed on standard output as
 `{"error": {"code", "message", "remedy"}}`.
 
 | environment | meaning |

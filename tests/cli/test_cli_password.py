@@ -238,3 +238,33 @@ def test_no_time_is_lost_without_a_password() -> None:
     program = "import sys, vmf.cli.app; vmf.cli.app.hide(sys.argv); print('scramp' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_pipe_is_read_while_its_writer_takes_its_time(here: Any, home: Home, image: Path, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo, 0o600)
+    writer = subprocess.Popen(["sh", "-c", f"sleep 0.3; printf '%s\\n' '{SECRET}' >{fifo}"])
+    here(*DEFINE, "--image", image, "--teleporter-password-file", fifo)
+    assert writer.wait(10) == 0
+    assert verifier(home) is not None
+
+
+def test_a_pipe_that_stays_silent_is_not_waited_for_without_end(
+    here: Any, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmf.reading.PIPE_SECONDS", 0.2)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo, 0o600)
+    done = here(*DEFINE, "--image", image, "--teleporter-password-file", fifo, status=2)
+    assert "nothing came within" in done.stderr
+    assert str(fifo) in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--kernel", "--initrd", "--image"])
+def test_an_image_that_is_a_pipe_is_refused(here: Any, image: Path, tmp_path: Path, option: str) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo, 0o600)
+    kernel = () if option != "--initrd" else ("--kernel", image)
+    done = here(*DEFINE, *kernel, option, fifo, status=None)
+    assert done.stderr.startswith("vmf: error: ")
+    assert str(fifo) in done.stderr

@@ -218,3 +218,47 @@ def test_accept_times_out_and_is_woken() -> None:
 def test_plugin() -> None:
     assert plugin.vmf_api_version == 1
     assert plugin.vmf_transport().scheme == "tcp"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+def test_brackets_of_ipv6_addresses_are_no_part_of_them() -> None:
+    assert at("[::1]", 7) == at("::1", 7)
+    assert str(at("[::1]", 7)) == "tcp:[::1]:7"
+    exchange("[::1]", "[::1]")
+
+
+def test_a_name_is_listened_to_at_all_of_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `localhost`, which a client may look up in either order."""
+    hosts = ["127.0.0.1", "127.0.0.2", *(["::1"] if has_ipv6() else [])]
+
+    def lookup(host: str, port: int, **_: object) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
+        families = {each: socket.AF_INET6 if ":" in each else socket.AF_INET for each in hosts}
+        return [(families[each], 0, 0, "", (each, port, 0, 0)[: 4 if ":" in each else 2]) for each in hosts]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    listener = TcpTransport().listen(at("many", 0))
+    monkeypatch.undo()
+    port = listener.address.port
+    assert [(each.host, each.port) for each in listener.addresses] == [(each, port) for each in hosts]
+    for host in hosts:
+        one = TcpTransport().connect(at(host, port), 5)
+        two = listener.accept(5)
+        assert two.local.host == host
+        one.close()
+        two.close()
+    listener.close()
+    for host in hosts:
+        with pytest.raises(TransportError):
+            TcpTransport().connect(at(host, port), 5)
+
+
+def test_a_name_of_which_one_address_is_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = socket.create_server(("127.0.0.2", 0))
+    port = taken.getsockname()[1]
+    found = [(socket.AF_INET, 0, 0, "", (host, port)) for host in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(TransportError, match=f"port {port} is in use"):
+        TcpTransport().listen(at("many", port))
+    monkeypatch.undo()
+    taken.close()
+    TcpTransport().listen(at("127.0.0.1", port)).close()  # the first one was freed again

@@ -1,4 +1,4 @@
-"""Unix sockets in the home directory: private, and with paths of any length (see `vmf.transport.unix`)."""
+"""Unix sockets in the home directory: private, and with paths of any length (see `vmf.unix_sockets`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import socket
 import struct
 from pathlib import Path
 
+from vmf import unix_sockets as unix
 from vmf.errors import ControlError
-from vmf.transport import unix
 
 
 def listen(path: Path, backlog: int = 16) -> socket.socket:

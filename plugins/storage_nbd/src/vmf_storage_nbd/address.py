@@ -13,9 +13,9 @@ from pathlib import Path
 from attrs import frozen
 
 from vmf import directories
+from vmf import unix_sockets as unix
 from vmf.errors import ConfigError, StorageError
 from vmf.storage.uri import decode, split_options
-from vmf.transport import unix
 from vmf_storage_nbd import protocol as p
 from vmf_storage_nbd.stream import CONNECT_TIMEOUT_S
 
