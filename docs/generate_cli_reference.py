@@ -27,8 +27,8 @@ HEAD = """\
 
 Errors are one line on standard error, `vmf: error: ...`, with the reason and what to do about it. The exit status is
 0 for success, 2 for a mistake in the command line or a definition, 70 for a bug in vmf, 74 when the command did its
-work but its output could not be written (a full disk), 130 after Ctrl-C, 141 when the reader of its output had gone, and
-1 for everything else. With `--json` an error is also printed on standard output as
+work but its output could not be written (a full disk), 130 after Ctrl-C, 141 when the reader of its output had gone,
+and 1 for everything else. With `--json` an error is also printed on standard output as
 `{"error": {"code", "message", "remedy"}}`.
 
 | environment | meaning |
