@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from attrs import field, frozen
 
+if TYPE_CHECKING:  # the command line imports this room, and NumPy takes a while
+    import numpy as np
+    import numpy.typing as npt
+
 Buffer = bytes | bytearray | memoryview
-ByteRanges = npt.NDArray[np.uint64]
+ByteRanges: TypeAlias = "npt.NDArray[np.uint64]"
 """Shape (n, 2): offset and length in bytes of each range."""
 
 
