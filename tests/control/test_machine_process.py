@@ -16,7 +16,7 @@ import pytest
 
 from vmf.control.client import ControlClient
 from vmf.control.process import SAME_REQUEST_S, spawn_detached
-from vmf.errors import ImageError, InvalidStateError, NotFoundError, PluginError
+from vmf.errors import ImageError, InvalidStateError, MachineError, NotFoundError, PluginError
 from vmf.machine.home import Home
 
 DRIVER = """
@@ -270,3 +270,97 @@ def test_detached_failure_is_raised_here(detached: Home, what: str) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert detached.last_run("vm")["detail"] == str(caught.value)
+
+
+# -- what is left to read afterwards -----------------------------------------------------------------------------
+
+
+def wait_gone(home: Home) -> None:
+    deadline = time.monotonic() + 60
+    while home.process("vm") is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_start_that_is_killed_is_explained(detached: Home, tmp_path: Path) -> None:
+    """As by the kernel for lack of memory, before it could say anything."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\nif 'vmf.control' in sys.orig_argv:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with pytest.raises(MachineError, match="SIGKILL before it was ready") as caught:
+        spawn_detached(detached, "vm", environment={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert "lack of memory" in caught.value.remedy
+    assert "lack of memory" in detached.paths("vm").vmm_log.read_text()
+    assert detached.process("vm") is None
+
+
+def test_the_log_keeps_earlier_runs_whatever_later_starts_do(detached: Home) -> None:
+    log = detached.paths("vm").vmm_log
+    spawn_detached(detached, "vm")
+    first = log.read_text()
+    assert "starting -> running" in first
+    with pytest.raises(InvalidStateError):
+        spawn_detached(detached, "vm")
+    with ControlClient.of(detached, "vm") as client:
+        client.power_off()
+    wait_gone(detached)
+    detached.update("vm", lambda old: attrs.evolve(old, image=Path("/nowhere")))
+    with pytest.raises(ImageError):
+        spawn_detached(detached, "vm")
+    wait_gone(detached)
+    assert log.read_text().startswith(first)
+    assert "/nowhere" in log.read_text()
+
+
+def test_a_crash_leaves_a_traceback(detached: Home) -> None:
+    ready = spawn_detached(detached, "vm")
+    os.kill(ready["pid"], signal.SIGSEGV)
+    wait_gone(detached)
+    text = detached.paths("vm").vmm_log.read_text()
+    assert "Fatal Python error: Segmentation fault" in text
+    assert "process.py" in text
+    assert detached.resting_state("vm") == "aborted"
+    spawn_detached(detached, "vm")
+    assert "crashed (Segmentation fault)" in detached.last_run("vm")["detail"]
+
+
+def test_large_logs_are_rotated(tmp_path: Path) -> None:
+    from vmf.control import vmm_log
+
+    log = tmp_path / "vmm.log"
+    for number in range(vmm_log.KEPT + 3):
+        log.write_text(f"{number}" + "x" * vmm_log.LIMIT)
+        vmm_log.rotate(log)
+        assert not log.exists()
+    assert [path.read_text()[0] for path in sorted(tmp_path.iterdir())] == ["5", "4", "3"]
+    log.write_text("small")
+    vmm_log.rotate(log)
+    assert log.read_text() == "small"
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+def test_the_reason_of_a_failure_outlives_the_machine(home: Home, fake_class: type, recovered: bool) -> None:
+    """In vmm.log, also of a machine in the foreground, and in what showvminfo tells of the last run."""
+    import threading
+
+    from vmf.control.process import run_machine_process
+
+    class Failing(fake_class):  # type: ignore[misc]
+        def info(self) -> dict[str, object]:
+            return {**super().info(), "failure": "the disk melted." if self.state == "failed" else ""}
+
+    machine = Failing()
+    running = threading.Thread(
+        target=run_machine_process, args=(home, "vm"), kwargs={"make_machine": lambda *_: machine}
+    )
+    running.start()
+    with machine.changed:
+        assert machine.changed.wait_for(lambda: machine.state == "running", 60)
+    machine.set("failed")
+    if recovered:
+        machine.set("running")
+    machine.set("poweredoff")
+    running.join()
+    assert home.resting_state("vm") == "poweredoff"
+    assert ("the disk melted" in home.last_run("vm")["detail"]) is not recovered
+    assert "has failed: the disk melted." in home.paths("vm").vmm_log.read_text()

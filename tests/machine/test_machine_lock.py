@@ -218,6 +218,14 @@ def test_the_file_is_made_again(home: Home) -> None:
         holder = json.loads(path.read_text())
         assert holder["pid"] == os.getpid()
         assert_taken(home)
+        path.write_text("")
+        assert tenure.renew()
+        assert json.loads(path.read_text())["pid"] == os.getpid(), "emptied, as by unlockvm on another host"
+        mine = path.read_text()
+        leave(home, OTHER)
+        assert not tenure.renew(), "and started there, where locks do not reach this far"
+        path.write_text(mine)
+        assert tenure.renew()
         path.unlink()
         path.touch()
         other = os.open(path, os.O_RDWR)

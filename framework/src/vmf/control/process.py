@@ -127,7 +127,9 @@ def run_machine_process(
             outcome.error = error
         if outcome.error is not None:
             vmm_log.tell(outcome.error)
-        detail = str(outcome.error) if isinstance(outcome.error, VmfError) else outcome.failure
+        detail = str(outcome.error) if isinstance(outcome.error, VmfError) else ""
+        if outcome.failure:
+            detail = f"the machine had failed: {outcome.failure} {detail}".rstrip()
         try:
             home.record_end(name, outcome.state, detail)
         except VmfError as error:

@@ -187,7 +187,7 @@ class MachineConfig:
 
     Attributes:
         name: unique on a host.
-        uuid: identifies the definition; descriptive.
+        uuid: identifies the machine on this host; a teleport does not compare it.
         description: free text; descriptive, never compared by a teleport.
         memory_mib: guest RAM, MiB.
         cpu_backend: "auto" or the name of a CPU backend plugin.

@@ -289,6 +289,14 @@ class MachineLock:
         os.fsync(self._file)
         return holder
 
+    def _read_anew(self) -> Holder | None:
+        """On NFS a host looks at the server when a file is opened."""
+        file = os.open(FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._folder)
+        try:
+            return _read(file)
+        finally:
+            os.close(file)
+
     def _put(self, holder: Holder) -> None:
         # In place, as the lock is on this very file. A reader that meets half of it reads again.
         line = json.dumps(attrs.asdict(holder)).encode() + b"\n"
@@ -296,8 +304,16 @@ class MachineLock:
         os.ftruncate(self._file, len(line))
 
     def renew(self, holder: Holder) -> bool:
-        """Make the file again when it is gone; False when somebody else has made and locked one. Raises OSError."""
+        """Make sure that the file is there and says who has the lock; False when another process has it now.
+
+        Raises OSError. That may be so after `break_lock` on another host.
+        """
         if self._in_place(self._file):
+            found = self._read_anew()
+            if found is not None and found.pid and found != evolve(holder, shared=self.shared):
+                return False
+            if found is None or not found.pid:
+                self.write(holder)
             return True
         try:
             file, _ = self._lock_file()
