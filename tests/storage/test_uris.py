@@ -13,7 +13,12 @@ from vmf.errors import ConfigError
 from vmf.storage.uri import absolute, file_path, file_uri, scheme_of, split_options, with_option
 
 KNOWN = ("lease", "format")
-paths = st.binary(min_size=1, max_size=60).map(lambda raw: "/" + os.fsdecode(raw.replace(b"\0", b"\1")))
+pieces = st.one_of(
+    st.binary(min_size=1, max_size=8), st.sampled_from([b"?", b"&", b"=", b"%", b"#", b"+", b" ", b"/", b":", b"%2F"])
+)
+paths = st.lists(pieces, min_size=1, max_size=12).map(
+    lambda raw: "/" + os.fsdecode(b"".join(raw).replace(b"\0", b"\1"))
+)
 values = st.one_of(paths, st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
 
 

@@ -148,6 +148,16 @@ def test_what_qemu_reads_may_be_read(driver: FileDriver, path: str, held: Callab
     driver.open(path, True).close()
 
 
+def test_the_bytes(driver: FileDriver, path: str) -> None:
+    """What QEMU's own virtual disk marks, by its block/file-posix.c: uses 100 + n, shares not 200 + n."""
+    other = os.open(path, os.O_RDWR)
+    for read_only, bytes_ in ((False, [100, 101, 201, 203]), (True, [100, 201, 203])):
+        image = driver.open(path, read_only)
+        assert [offset for offset in range(90, 210) if kernel.is_locked(other, offset)] == bytes_
+        image.close()
+    os.close(other)
+
+
 def test_an_attempt_that_fails_leaves_no_locks(driver: FileDriver, path: str) -> None:
     other = os.open(path, os.O_RDWR)
     kernel.lock(other, qemulocks.USES + qemulocks.WRITE, exclusive=False)
