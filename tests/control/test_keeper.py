@@ -105,3 +105,25 @@ def test_who_lost_the_lock_is_told_once(home: Home, machine: object) -> None:
         finally:
             os.close(other)
             served.close()
+
+
+def test_two_homes_with_one_runtime_directory(home: Home, machine: object, fake_class: type, tmp_path: Path) -> None:
+    """Two data directories of one user, each with a machine of that name: neither takes the other's sockets."""
+    from vmf.machine.config import MachineConfig
+
+    other = Home(tmp_path / "second", home.runtime)
+    other.create(MachineConfig(name="vm", memory_mib=2))
+    with home.tenure("vm") as first, other.tenure("vm") as second:
+        assert second.paths.runtime == other.data / "run" / "vm"
+        here, there = Served(first, machine), Served(second, fake_class("second"))
+        try:
+            here.keeper.look()
+            there.keeper.look()
+            for view, name in ((home, "vm"), (other, "second")):
+                with ControlClient.of(view, "vm") as client:
+                    assert client.info()["name"] == name
+        finally:
+            here.close()
+            there.close()
+    with other.tenure("vm") as alone:
+        assert alone.paths.runtime == home.runtime / "vm"

@@ -132,6 +132,10 @@ def test_deleting_what_is_in_doubt_is_refused(home: Home) -> None:
         home.unregister("web", delete=True)
     assert store(home).names() == ["s1"]
     store(home).forget_resume()
+    store(home).note_restoring("s1")
+    with pytest.raises(InvalidStateError, match=r"snapshot 's1' was cut short.*restore s1"):
+        home.unregister("web", delete=True)
+    store(home).forget_restoring()
     assert home.unregister("web", delete=True) is None
     assert not home.paths("web").directory.exists()
     assert list((home.data / "unregistered").iterdir()) == []

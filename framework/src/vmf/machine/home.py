@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from attrs import frozen
 
 from vmf import directories
 from vmf.errors import ConfigError, NotFoundError
@@ -45,79 +44,10 @@ from vmf.machine.files import private_directory as private_directory
 from vmf.machine.files import write_atomically as write_atomically
 from vmf.machine.identity import Owner
 from vmf.machine.lock import Holder, MachineLock, Sight
+from vmf.machine.tenure import MachinePaths as MachinePaths
+from vmf.machine.tenure import Tenure as Tenure
 
 LOCK_SECONDS = 10.0
-
-
-@frozen
-class MachinePaths:
-    """Where everything of one machine is."""
-
-    directory: Path
-    definition: Path
-    lock: Path
-    last: Path
-    logs: Path
-    console_log: Path
-    vmm_log: Path
-    snapshots: Path
-    runtime: Path
-
-    @property
-    def control_socket(self) -> Path:
-        return self.runtime / "control.sock"
-
-    @property
-    def console_socket(self) -> Path:
-        return self.runtime / "console.sock"
-
-    @property
-    def console_live_socket(self) -> Path:
-        return self.runtime / "console-live.sock"
-
-    @property
-    def sockets(self) -> tuple[Path, Path, Path]:
-        return self.control_socket, self.console_socket, self.console_live_socket
-
-    def at(self, runtime: Path) -> MachinePaths:
-        """With the sockets in another directory."""
-        return attrs.evolve(self, runtime=runtime)
-
-
-class Tenure:
-    """What the process that runs a machine has of its home: the machine's lock, and a place for its sockets."""
-
-    def __init__(self, lock: MachineLock, paths: MachinePaths, spare_runtime: Path, uuid: str) -> None:
-        self.paths = paths
-        self._lock = lock
-        self._spare_runtime = spare_runtime
-        self._holder = Holder.this_process(locks.RUN, uuid=uuid)
-
-    def settle(self) -> None:
-        """Make the directory of the sockets, and say in the lock where it is. Raises HomeError.
-
-        The usual directory may be gone for good: the one of a user who has logged out, say. Then another one is used.
-        """
-        try:
-            self._make(self.paths.runtime)
-        except HomeError:
-            if self.paths.runtime == self._spare_runtime:
-                raise
-            self._make(self._spare_runtime)
-            self.paths = self.paths.at(self._spare_runtime)
-        try:
-            self._holder = self._lock.write(attrs.evolve(self._holder, runtime=str(self.paths.runtime)))
-        except OSError as error:
-            raise explained(error, self.paths.lock) from error
-
-    @staticmethod
-    def _make(runtime: Path) -> None:
-        private_directory(runtime.parent)
-        private_directory(runtime)
-
-    def renew(self) -> bool:
-        """Make the lock's file again if somebody has deleted it; False when another host has the machine now."""
-        return self._lock.renew(self._holder)
 
 
 class Home:
@@ -372,14 +302,13 @@ class Home:
         with self._taken(name) as lock:
             private_directory(paths.logs)
             tenure = Tenure(lock, paths, self.data / "run" / name, identity.uuid_in(paths.definition))
-            tenure.settle()
-            for stale in tenure.paths.sockets:
-                stale.unlink(missing_ok=True)
             try:
+                tenure.settle()
+                tenure.clear_sockets()
                 yield tenure
             finally:
-                for ours in tenure.paths.sockets:
-                    ours.unlink(missing_ok=True)
+                tenure.clear_sockets()
+                tenure.close()
 
     @contextmanager
     def changing(self, name: str, doing: str, action: str = "", *, strict: bool = True) -> Iterator[MachinePaths]:

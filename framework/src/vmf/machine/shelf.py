@@ -96,8 +96,15 @@ def refuse_loss(home: Home, name: str) -> None:
             f"First resolve that teleport: `vmf controlvm {name} teleport --status`. Or unregister it without "
             "--delete, which keeps everything.",
         )
-    resuming = SnapshotStore(name, home.paths(name).snapshots).resuming()
-    if resuming:
+    store = SnapshotStore(name, home.paths(name).snapshots)
+    if restoring := store.restoring():
+        raise InvalidStateError(
+            f"Putting machine '{name}' back to snapshot '{restoring}' was cut short: without that snapshot its disks, "
+            "which are partly written, would be lost.",
+            f"Put it back once more: `vmf snapshot {name} restore {restoring}`. Or unregister it without --delete, "
+            "which keeps everything.",
+        )
+    if resuming := store.resuming():
         raise InvalidStateError(
             f"The next start of machine '{name}' continues from snapshot '{resuming}': the memory of the guest, which "
             "has not been switched off, would be lost.",
