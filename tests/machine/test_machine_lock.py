@@ -321,9 +321,14 @@ def test_a_lock_that_another_host_s_death_left_at_the_server(home: Home, shared:
 
 def test_a_machine_of_this_host_cannot_be_unlocked(home: Home, shared: None) -> None:
     with running(home):
-        with pytest.raises(InvalidStateError, match="cannot be unlocked"):
-            home.unlock("vm")
-        assert_taken(home)
+        for name in ("its own", "another host's"):
+            if name == "another host's":
+                leave(home, OTHER)
+            before = home.paths("vm").lock.stat().st_ino
+            with pytest.raises(InvalidStateError, match="cannot be unlocked"):
+                home.unlock("vm")
+            assert home.paths("vm").lock.stat().st_ino == before
+            assert_taken(home)
 
 
 # -- processes of the version that kept lock and process id in the runtime directory

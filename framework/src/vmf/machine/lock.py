@@ -359,7 +359,7 @@ def break_lock(directory: Path, runtime: Path) -> Holder | None:
         lock = MachineLock(directory, runtime)
     except Held:
         holder = _look(directory).running
-        if holder is None or holder.same_host:
+        if holder is None or holder.same_host or _is_locked_here(directory):
             raise
         # Its lock is on the file, at the server: on another file there is none. It finds out, and stands still.
         os.unlink(directory / FILE)
@@ -399,6 +399,15 @@ def refusal_elsewhere(name: str, holder: Holder) -> InvalidStateError:
 def printable(text: str) -> str:
     """What another host wrote cannot move the cursor."""
     return "".join(char if char.isprintable() else "?" for char in text)[:200]
+
+
+def _is_locked_here(directory: Path) -> bool:
+    """Whether a process of this kernel has the directory."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _is_locked(folder)
+    finally:
+        os.close(folder)
 
 
 def _read(file: int) -> Holder | None:
