@@ -44,6 +44,8 @@ BRIEF = ("modify", "unregister")
 """Of a command that has the lock for moments, for which others wait."""
 WAIT_S = 10.0
 """For such a command."""
+NAMELESS_S = 1.0
+"""For a process that has not said yet what it does: it may be such a command."""
 _POLL_S = 0.01
 _UNNAMED_S = 0.2
 """Between its locking and its writing who it is a process is held up for moments only."""
@@ -159,13 +161,15 @@ def look(directory: Path, runtime: Path) -> Sight:
     """What the lock says; disturbs nobody. `runtime` is where a process of an earlier vmf would have its lock."""
     end = time.monotonic() + _UNNAMED_S
     while True:
-        seen = _look(directory)
+        seen = _look_at_both(directory, runtime)
         if not seen.locked or seen.holder is not None or time.monotonic() > end:
-            break
+            return seen
         time.sleep(_POLL_S)
-    if not seen.locked and seen.holder is None:
-        return _look_earlier(runtime, seen)
-    return seen
+
+
+def _look_at_both(directory: Path, runtime: Path) -> Sight:
+    seen = _look(directory)
+    return seen if seen.locked or seen.holder is not None else _look_earlier(runtime, seen)
 
 
 def _look(directory: Path) -> Sight:
@@ -340,15 +344,17 @@ class MachineLock:
 
 def take(directory: Path, runtime: Path) -> MachineLock:
     """The lock of the machine in `directory`; waits for a command that has it for moments. Raises Held, OSError."""
-    end = time.monotonic() + WAIT_S
+    began = time.monotonic()
     while True:
         try:
             return MachineLock(directory, runtime)
         except Held:
-            seen = look(directory, runtime)
-            if not (seen.holder is not None and seen.holder.doing in BRIEF) and seen.locked:
+            seen, patience = _look_at_both(directory, runtime), WAIT_S
+            if seen.locked and seen.holder is None:
+                patience = NAMELESS_S
+            elif seen.locked and seen.holder is not None and seen.holder.doing not in BRIEF:
                 raise
-            if time.monotonic() > end:
+            if time.monotonic() - began > patience:
                 raise
             time.sleep(_POLL_S)
 
