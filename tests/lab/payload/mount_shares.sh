@@ -17,7 +17,7 @@ done
 WANTED=${WANTED:-nfs smb iscsi}
 wanted() { case " $WANTED " in *" $1 "*) true ;; *) false ;; esac; }
 for module in loop nfs nfsv4 cifs sd_mod iscsi_tcp; do modprobe $module; done
-mkdir -p /tmp/export /tmp/n1 /tmp/n2 /tmp/s1 /tmp/s2 /tmp/recovery /tmp/smb /run/ganesha
+mkdir -p /tmp/export /tmp/n1 /tmp/n2 /tmp/s1 /tmp/s2 /tmp/s3 /tmp/recovery /tmp/smb /run/ganesha
 # The lab's root is read-only, and ganesha finds file systems in /etc/mtab.
 cp -a /etc /tmp/etc && mount --bind /tmp/etc /etc && ln -sf /proc/self/mounts /etc/mtab
 mount -o loop $SERVERS/fs.img /tmp/export || exit 3
@@ -68,6 +68,17 @@ check() {
 
 # with COMMAND...: one of the programs that came along.
 with() { LD_LIBRARY_PATH=$LIBRARIES "$@"; }
+
+# reach DIRECTORY OPTION: vmf must find out that locks there reach one host only, by that mount option; "" for: every host.
+reach() {
+    python3 - "$1" "$2" <<END || { echo "=== locks on $1: FAILED"; FAILED=1; }
+import sys
+from vmf_storage_file import mounts
+found = mounts.local_locks_at(sys.argv[1])
+print("locks on", sys.argv[1], found or "reach every host")
+sys.exit(found != (f"it is mounted with {sys.argv[2]}" if sys.argv[2] else ""))
+END
+}
 
 # try_mount TYPE OPTIONS WHAT WHERE, until the server answers. No helper programs: the kernel takes the options itself.
 try_mount() {
@@ -134,6 +145,12 @@ if wanted smb; then
         try_mount cifs ip=127.0.0.1,vers=3.0,cache=none,nosharesock,username=x,password= //127.0.0.1/share /tmp/$place
     done
     check "SMB 3" /tmp/s1 /tmp/s2
+    try_mount cifs ip=127.0.0.1,vers=3.0,cache=none,nosharesock,nobrl,username=x,password= //127.0.0.1/share /tmp/s3
+    reach /tmp/s1 ""
+    reach /tmp/s3 nobrl
 fi
-if wanted nfs; then check "NFS 4.2" /tmp/n1 /tmp/n2; fi
+if wanted nfs; then
+    check "NFS 4.2" /tmp/n1 /tmp/n2
+    reach /tmp/n1 ""
+fi
 exit $FAILED
