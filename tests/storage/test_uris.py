@@ -97,6 +97,7 @@ def test_file_uris(uri: str, path: str, options: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
+        ("disks/srv/x.img", "no absolute path"), ("disk:/srv/x.img", "no absolute path"), ("x.img", "no absolute path"),
         ("file:relative", "no absolute path"), ("file:", "no absolute path"), ("file://host/x", "of the host host"),
         ("file:/x?leese=/y", "no option 'leese'"), ("file:/x?lease=/a&lease=/b", "twice"),
         ("file:/x?lease", "no value"),

@@ -86,7 +86,9 @@ def file_path(medium: str) -> str:
         if "\0" in medium:
             raise ConfigError(f"medium {medium!r}: no path has a NUL in it.", "Write the path of the image.")
         return medium
-    rest = medium.partition("?")[0][len("file:") :]
+    scheme, colon, rest = medium.partition("?")[0].partition(":")
+    if not colon or scheme.lower() != "file":
+        raise ConfigError(f"medium {medium!r} is no absolute path.", "Write the whole path, or file:/the/whole/path.")
     if rest.startswith("//"):
         host, slash, rest = rest[2:].partition("/")
         if host.lower() not in ("", "localhost"):
