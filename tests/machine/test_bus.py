@@ -70,4 +70,4 @@ def test_ranges_can_be_given_up_and_claimed_elsewhere() -> None:
     bus.claim_ports("pci", 0xC002, 4, device)
     bus.claim_mmio("pci", 0xE000_0800, 0x800, device)
     assert bus.port_read(0xC003, 1) == 0x11
-    assert bus.mmio_read(0xE000_0810, 1) == 0x101
+    assert bus.mmio_read(0xE000_0810, 4) == 0x104

@@ -14,6 +14,9 @@ import pytest
 
 from vmf.device.base import DeviceEnvironment
 from vmf.errors import BackendUnavailable, PluginError
+from vmf.machine.bus import Bus
+from vmf.machine.clock import MachineClock
+from vmf.machine.timers import TimerQueue
 from vmf.plugins import GROUPS, discovery, hookspecs, list_plugins
 from vmf.plugins.bridge import DRIVER_HOOKS, PluginRegistry
 
@@ -62,7 +65,7 @@ def vmf_cpu_backend():
 @pytest.fixture
 def environment() -> DeviceEnvironment:
     made = {field.name: SimpleNamespace() for field in attrs.fields(DeviceEnvironment)}
-    made["options"] = {}  # type: ignore[assignment]
+    made |= {"options": {}, "bus": Bus(), "timers": TimerQueue(MachineClock())}  # type: ignore[dict-item]
     return DeviceEnvironment(**made)  # type: ignore[arg-type]
 
 
@@ -94,7 +97,7 @@ def test_unknown_name_lists_what_is_there(make_plugin: Any) -> None:
         (HEAD, "does not implement the hook vmf_transport"),
         (HEAD + "@hookimpl\ndef vmf_transprot(): pass\n", "unknown hook"),
         (HEAD + "@hookimpl\ndef vmf_transport(color): pass\n", "color"),
-        (HEAD + "@hookimpl\ndef vmf_transport(): return 7\n", "returned int"),
+        (HEAD + "@hookimpl\ndef vmf_transport(): return 7\n", "returned 7 (int)"),
         (HEAD + "@hookimpl\ndef vmf_transport(): return 1 / 0\n", "ZeroDivisionError"),
         (HEAD + "@hookimpl\ndef vmf_transport(): raise SystemExit\n", "SystemExit"),
         (TRANSPORT.format(scheme="other"), "calls itself scheme='other'"),
@@ -171,8 +174,8 @@ def test_devices_get_their_own_options_in_order(make_plugin: Any, environment: D
     ("code", "said"),
     [
         (DEVICE.replace("return [D", "return 'abc' or [D"), "returned str"),
-        (DEVICE.replace("return [D", "return None or 5 or [D"), "returned int"),
-        (HEAD + "@hookimpl\ndef vmf_create_device(environment): return None\n", "returned NoneType"),
+        (DEVICE.replace("return [D", "return None or 5 or [D"), "returned .*int"),
+        (HEAD + "@hookimpl\ndef vmf_create_device(environment): return None\n", "returned None"),
         (DEVICE.replace("return [D(environment.options), ", "return [object(), "), "returned object"),
         (DEVICE.replace("return [D", "raise OSError('gone') or [D"), "OSError: gone"),
     ],

@@ -12,16 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attrs import Factory, field, frozen
+from attrs import Factory, evolve, field, frozen
 
 from vmf.device.interrupts import InterruptController, IrqLine
 
 if TYPE_CHECKING:
     from vmf.machine.bus import Bus
     from vmf.machine.clock import MachineClock
-    from vmf.machine.timers import TimerQueue
+    from vmf.machine.timers import Timers
     from vmf.memory.guest import GuestMemory
     from vmf.memory.scattered import Ranges
+    from vmf.plugins.containment import Culprit
     from vmf.storage.drive import Drive
 
 
@@ -78,7 +79,7 @@ class DeviceEnvironment:
     bus: Bus
     memory: GuestMemory
     clock: MachineClock
-    timers: TimerQueue
+    timers: Timers
     irq_line: Callable[[int], IrqLine]
     provide_interrupts: Callable[[InterruptController, Callable[[int], IrqLine]], None]
     post: Callable[[Callable[[], None]], None]
@@ -91,12 +92,32 @@ class DeviceEnvironment:
     options: Mapping[str, Any] = field(factory=dict)
     drives: Sequence[Drive] = ()
 
+    def of_plugin(self, culprit: Culprit, options: Mapping[str, Any]) -> DeviceEnvironment:
+        """For the devices of one plugin: what they hand over to be called back stands under the plugin's name."""
+        from vmf.plugins.containment import guarded
+
+        def post(function: Callable[[], None]) -> None:
+            self.post(guarded(culprit, "what it posted", function))
+
+        return evolve(
+            self,
+            options=dict(options),
+            bus=self.bus.of_plugin(culprit),
+            timers=self.timers.of_plugin(culprit),
+            post=post,
+        )
+
 
 class Device(ABC):
-    """One device of a machine; touched on the vCPU thread only."""
+    """One device of a machine; touched on the vCPU thread only.
+
+    What a method raises is told under the names of plugin and device. While the guest runs (I/O, timers, posted work,
+    `serial_input`) it ends the machine with state "failed"; elsewhere it fails the operation that called, and the guest
+    goes on. `close` may raise, which is logged. Return only what is specified: everything is checked.
+    """
 
     kind: str
-    """As in `Payload.kind`."""
+    """As in `Payload.kind`: a printable text, at most 100 characters."""
     VERSION: int = 1
     """Of the payload's body, as `save` writes it and `restore` takes it. The check of a teleport compares it."""
     writes_ram: bool = True
@@ -116,7 +137,8 @@ class Device(ABC):
 
     @abstractmethod
     def save(self) -> Payload:
-        """The complete state. Called after `quiesce`, on a paused machine."""
+        """The complete state. Called after `quiesce`, with the vCPU stopped. Changes nothing: it is also called before
+        a teleport, to see whether the state can travel, and then the guest goes on."""
 
     @abstractmethod
     def restore(self, payload: Payload) -> None:
@@ -125,6 +147,12 @@ class Device(ABC):
     def medium_changed(self, drive: Drive) -> None:  # noqa: B027 - most devices serve no drives
         """A drive of the machine has another medium or none now, and another `size`. Called at rest (`quiesce`), for
         removable drives only; not everybody's drive is meant."""
+
+    def settings(self) -> Mapping[str, Any] | None:
+        """Settings that the guest can see, by name: plain data. Both ends of a teleport must agree on them, as must a
+        machine and its snapshot. Here None: the plugin's options, as the definition gives them, stand for it. Override
+        it where a setting that is left out means the same as its default, or where the guest cannot see some."""
+        return None
 
     def migration_blocker(self) -> str:
         """Why this device cannot teleport now, one line for people; "" when it can."""

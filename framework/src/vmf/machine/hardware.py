@@ -6,6 +6,7 @@ user may do and when is the business of `vmf.machine.machine`; how a state trave
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,18 +21,23 @@ from vmf.cpuid.compare import diff
 from vmf.cpuid.table import CpuidTable
 from vmf.device.base import Device, DeviceEnvironment, Payload
 from vmf.device.interrupts import InterruptController, IrqLine
-from vmf.errors import ConfigError, ContractOverridden, StateError
+from vmf.device.state import check_total
+from vmf.errors import ConfigError, ContractOverridden, StateError, VmfError
 from vmf.machine import switch
 from vmf.machine.addressing import require_addressable
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
+from vmf.machine.closing import CLOSE_SECONDS, finish
 from vmf.machine.console import SerialConsole
+from vmf.machine.controller import CheckedController
 from vmf.machine.guest_time import GuestTime
 from vmf.machine.timers import TimerQueue
 from vmf.machine.vcpu_thread import VcpuThread
 from vmf.memory.guest import MIB, PAGE_SIZE, GuestMemory
 from vmf.memory.scattered import Ranges
 from vmf.storage.drive import Drive
+
+log = logging.getLogger(__name__)
 
 VCPU_KIND = "vmf.vcpu"
 CLOCK_KIND = "vmf.clock"
@@ -67,7 +73,7 @@ class Hardware:
         self.name = name
         self.backend = backend
         self.memory = GuestMemory(memory_mib * MIB)
-        self.bus = Bus()
+        self.bus = Bus([(region.gpa, region.size) for region in self.memory.regions])
         self.clock = MachineClock()
         self.time = GuestTime(self.clock)
         self.timers = TimerQueue(self.clock)
@@ -114,8 +120,10 @@ class Hardware:
 
     def _provide_interrupts(self, controller: InterruptController, lines: Callable[[int], IrqLine]) -> None:
         if self._controller is not None:
-            raise ConfigError("two devices both want to be the interrupt controller.")
-        self._controller, self._lines = controller, lines
+            raise ConfigError(
+                "two devices both want to be the interrupt controller.", "Leave one of them out of `devices`."
+            )
+        self._controller, self._lines = CheckedController(controller), lines
 
     def _memory_written(self, gpa: int, size: int) -> None:
         if self._vcpu is not None:
@@ -128,7 +136,7 @@ class Hardware:
     def _irq_line(self, number: int) -> IrqLine:
         if self._lines is None:
             raise ConfigError(
-                f"a device asks for interrupt line {number} before any interrupt controller exists.",
+                f"a device asks for interrupt line {number!r:.20} before any interrupt controller exists.",
                 'Put "pc" first in `devices`.',
             )
         return self._lines(number)
@@ -396,7 +404,31 @@ class Hardware:
                 ),
             ]
 
-        return self.thread.call(save)
+        payloads = self.thread.call(save)
+        check_total(payloads)
+        return payloads
+
+    def rehearse_save(self) -> list[tuple[str, VmfError]]:
+        """Save every device between two instructions of the guest, which then goes on: what would fail when it is
+        stopped for good, as (device, reason)."""
+
+        def rehearse() -> list[tuple[str, VmfError]]:
+            refusals: list[tuple[str, VmfError]] = []
+            payloads = []
+            for device, (kind, instance) in zip(self.devices, self.device_keys(), strict=True):
+                try:
+                    device.quiesce()
+                    payloads.append(device.save())
+                except VmfError as error:
+                    refusals.append((f"{kind} #{instance}" if instance else kind, error))
+            if not refusals:
+                try:
+                    check_total(payloads)
+                except StateError as error:
+                    refusals.append(("all", error))
+            return refusals
+
+        return self.thread.call(rehearse)
 
     def restore(self, payloads: Sequence[Payload]) -> None:
         """Take over a saved state; RAM is in place. Leaves the machine stopped. Raises StateError.
@@ -491,15 +523,19 @@ class Hardware:
         return self.clock.now()
 
     def close(self) -> None:
-        """Stop for good and free everything; idempotent."""
-        self.thread.close()
-        if self._vcpu is not None:
-            self._vcpu.close()
-            self._vcpu = None
-        for device in self.devices:
-            device.close()
+        """Stop for good and free everything; idempotent. It ends whatever a plugin does: what takes longer than
+        `CLOSE_SECONDS` is left behind, and said in the log."""
+        stopped = self.thread.close()
+        steps: list[tuple[str, Callable[[], None]]] = []
+        vcpu, self._vcpu = self._vcpu, None
+        if vcpu is not None and stopped:  # else its thread is still in it
+            steps.append((f"the vCPU of {self.backend.name}", vcpu.close))
+        steps += [(f"device {device.kind}", device.close) for device in self.devices]
         self.devices = ()
-        self.memory.close()
+        if finish(steps, CLOSE_SECONDS) and stopped:
+            self.memory.close()
+        else:
+            log.warning("machine %s: its RAM stays allocated, as a plugin may still use it", self.name)
 
 
 def _versioned(payload: Payload, version: int) -> Mapping[str, Any]:

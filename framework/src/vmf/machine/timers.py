@@ -12,8 +12,10 @@ import heapq
 import itertools
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 from vmf.machine.clock import MachineClock
+from vmf.plugins.containment import Culprit, guarded
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ TOO_LATE = 1000
 
 def owner_of(callback: Callable[[], None]) -> str:
     """Whose callback it is, for people: a device's kind, else the function's own name."""
+    if known := getattr(callback, "owner", ""):
+        return str(known)
     kind = getattr(getattr(callback, "__self__", None), "kind", None)
     if isinstance(kind, str) and kind:
         return f"device {kind}"
@@ -47,12 +51,41 @@ class Timer:
 
     def arm(self, deadline: int) -> None:
         """Call back once guest time reaches `deadline` ns (in the next pass of the run loop, if that has passed)."""
+        if type(deadline) is not int:  # a float would travel on into the engine
+            raise TypeError(f"a timer's deadline is whole nanoseconds, not {type(deadline).__name__}")
         self.deadline = deadline
         self._serial = self._queue._push(self, deadline)
 
     def cancel(self) -> None:
         self.deadline = None
         self._serial = -1
+
+
+class Timers(Protocol):
+    """Where a device gets its timers."""
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        """A new idle timer. The callback runs on the vCPU thread and may re-arm it."""
+
+    def of_plugin(self, culprit: Culprit) -> Timers:
+        """For one plugin: what a callback raises is told under its name."""
+
+
+class PluginTimers:
+    """`Timers` of one plugin."""
+
+    def __init__(self, queue: TimerQueue, culprit: Culprit) -> None:
+        self._queue = queue
+        self._culprit = culprit
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        name = owner_of(callback)
+        call = guarded(self._culprit, f"a timer of {name}", callback)
+        call.owner = f"{name} of the {self._culprit.plugin}"  # type: ignore[attr-defined]
+        return Timer(self._queue, call)
+
+    def of_plugin(self, culprit: Culprit) -> Timers:
+        return PluginTimers(self._queue, culprit)
 
 
 class TimerQueue:
@@ -70,6 +103,10 @@ class TimerQueue:
     def timer(self, callback: Callable[[], None]) -> Timer:
         """A new idle timer. The callback runs on the vCPU thread and may re-arm it."""
         return Timer(self, callback)
+
+    def of_plugin(self, culprit: Culprit) -> Timers:
+        """See `Timers`."""
+        return PluginTimers(self, culprit)
 
     def _push(self, timer: Timer, deadline: int) -> int:
         serial = next(self._serials)

@@ -14,6 +14,7 @@ Theory of operation
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import threading
@@ -24,9 +25,12 @@ from typing import Any, TypeVar
 from attrs import define, field
 
 from vmf.cpu.backend import ExitReason, Vcpu, VmExit
-from vmf.errors import MachineError
+from vmf.errors import MachineError, VmfError
 from vmf.machine.clock import MachineClock
 from vmf.machine.timers import TimerQueue
+from vmf.plugins.containment import where
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -37,16 +41,33 @@ THROTTLE_SLICE_NS = 5_000_000
 """How long a throttled vCPU runs before it sleeps."""
 
 
+CALL_SECONDS = 10.0
+"""How long posted work whose caller waits may wait for its turn."""
+WORK_SECONDS = 180.0
+"""How long it may take itself; the bounds of what devices wait for (their storage) are shorter."""
+CLOSE_SECONDS = 10.0
+
+
 @define
 class _Call:
-    """A posted callable whose caller waits."""
+    """A posted callable whose caller waits, and may give up while it has not begun."""
 
     function: Callable[[], Any]
     done: threading.Event = field(factory=threading.Event)
     result: Any = None
     error: BaseException | None = None
+    _lock: threading.Lock = field(factory=threading.Lock)
+    _taken: bool = False
+
+    def take(self) -> bool:
+        """For the one who runs it and the one who gives it up: whoever is first has it."""
+        with self._lock:
+            taken, self._taken = self._taken, True
+            return not taken
 
     def __call__(self) -> None:
+        if not self.take():
+            return
         try:
             self.result = self.function()
         except BaseException as error:  # noqa: BLE001 - raised again at the caller
@@ -100,41 +121,68 @@ class VcpuThread:
         self._posts.put(function)
         vcpu = self._vcpu
         if vcpu is not None:
-            vcpu.kick()
+            try:
+                vcpu.kick()
+            except VmfError as error:  # the backend's fault, not the poster's; the work waits for the next slice
+                log.warning("%s", error)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run `function` on the vCPU thread and return its result or raise its exception."""
+        """Run `function` on the vCPU thread and return its result or raise its exception.
+
+        Raises MachineError, naming the plugin that holds the thread up, when it does not get its turn within
+        `CALL_SECONDS`: then it never runs. When it does not end within `WORK_SECONDS`, the machine has failed, too.
+        """
         if threading.current_thread() is self._thread:
             return function()
         if not self._thread.is_alive():
             raise MachineError("the machine's vCPU thread has ended.")
         work = _Call(function)
         self.post(work)
-        while not work.done.wait(1.0):
+        began = time.monotonic()
+        while not work.done.wait(min(1.0, CALL_SECONDS)):
             if not self._thread.is_alive() and not work.done.is_set():
                 raise MachineError("the machine's vCPU thread has ended.")
+            waited = time.monotonic() - began
+            if waited >= CALL_SECONDS and work.take():
+                raise self._held_up(waited)
+            if waited >= WORK_SECONDS:
+                error = self._held_up(waited)
+                self._on_crash(error)
+                raise error
         if work.error is not None:
             raise work.error
         result: T = work.result
         return result
+
+    def _held_up(self, seconds: float) -> MachineError:
+        culprit = where(self._thread)
+        return MachineError(
+            f"the machine does not react: its vCPU thread has been in {culprit or 'one call'} for {seconds:.0f} s.",
+            "Power it off; report this to the authors of the plugin." if culprit else "Power it off.",
+        )
 
     def set_throttle(self, fraction: float) -> None:
         """Keep the vCPU from running for this fraction of the time."""
         self._throttle = min(max(fraction, 0.0), 0.99)
         self.post(lambda: None)
 
-    def close(self) -> None:
-        """End the thread; idempotent. The vCPU is left to its owner."""
+    def close(self) -> bool:
+        """End the thread; idempotent. The vCPU is left to its owner, unless this is False: a plugin holds the thread
+        up, which may still use vCPU, devices and RAM."""
 
         def end() -> None:
             self._closing = True
 
         if threading.current_thread() is self._thread:
             end()
-            return
+            return True
         if self._thread.is_alive():
             self.post(end)
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            log.warning("%s", self._held_up(CLOSE_SECONDS).message)
+            return False
+        return True
 
     # -- on the vCPU thread
 
@@ -179,8 +227,10 @@ class VcpuThread:
         self._before_run(vcpu)
         started = time.perf_counter()
         self._timers.on_earlier = vcpu.kick
-        exit_ = vcpu.run(deadline)
-        self._timers.on_earlier = None
+        try:
+            exit_ = vcpu.run(deadline)
+        finally:
+            self._timers.on_earlier = None
         elapsed = time.perf_counter() - started
         self.run_seconds += elapsed
         if exit_.reason is ExitReason.HALTED and vcpu.halted_for_good():

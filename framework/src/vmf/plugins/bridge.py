@@ -16,7 +16,6 @@ they hold the driver object that was returned once.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,19 +24,17 @@ import attrs
 import pluggy
 
 from vmf.errors import BackendUnavailable, PluginError, VmfError
-from vmf.plugins import discovery, hookspecs
-from vmf.plugins.discovery import PluginEntry, describe
+from vmf.plugins import discovery, hookspecs, seams
+from vmf.plugins.containment import Culprit, contain, interrupted, log, remember
+from vmf.plugins.discovery import PluginEntry
+from vmf.plugins.hooks import Hooks
 from vmf.plugins.hookspecs import API_VERSION, GROUPS, PROJECT
 
 if TYPE_CHECKING:
     from vmf.cpu.backend import CpuBackend
-    from vmf.cpuid.table import CpuidTable
     from vmf.device.base import Device, DeviceEnvironment
     from vmf.storage.base import StorageDriver
-    from vmf.teleport.check import Blocker
     from vmf.transport.base import Transport
-
-log = logging.getLogger("vmf.plugins")
 
 DRIVER_HOOKS = {
     "cpu": "vmf_cpu_backend",
@@ -73,20 +70,21 @@ class LoadedPlugin:
 
     def __init__(self, entry: PluginEntry, plugin: Any) -> None:
         self.entry = entry
+        self.culprit = Culprit.of(entry)
         self._manager = _validated(entry, plugin)
+        remember(entry, self.culprit)
         self.hooks = frozenset(caller.name for caller in self._manager.get_hookcallers(plugin) or ())
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call the plugin's own implementation; whatever it raises becomes a PluginError naming it."""
         try:
             return getattr(self._manager.hook, hook)(**arguments)
-        except (KeyboardInterrupt, VmfError):
-            raise  # a VmfError was written for people already: which setting is wrong, what is missing here
+        except VmfError:
+            raise  # it was written for people already: which setting is wrong, what is missing here
         except BaseException as error:
-            raise PluginError(
-                f"The {self.entry} failed in its hook {hook}: {describe(error)}.",
-                f"Report this to the authors of {self.entry.distribution or self.entry.target}, or uninstall it.",
-            ) from error
+            if interrupted(error):
+                raise
+            raise self.culprit.fault(f"its hook {hook}", error) from error
 
 
 def _validated(entry: PluginEntry, plugin: Any) -> pluggy.PluginManager:
@@ -236,17 +234,22 @@ class PluginRegistry:
         from vmf.device.base import Device
 
         made: list[Device] = []
+        hook = DRIVER_HOOKS["device"]
         try:
             for name in names:
                 plugin = self.load("device", name)
-                own = attrs.evolve(environment, options=dict((options or {}).get(name, {})))
-                result = plugin.call(DRIVER_HOOKS["device"], environment=own)
+                own = environment.of_plugin(plugin.culprit, (options or {}).get(name, {}))
+                result = plugin.call(hook, environment=own)
                 if isinstance(result, str) or not isinstance(result, Sequence):
-                    raise _wrong_result(plugin.entry, DRIVER_HOOKS["device"], result, "a list of Device objects")
-                made += (device for device in result if isinstance(device, Device))
+                    raise plugin.culprit.wrong(hook, result, "a list of Device objects")
+                # Before any of them is looked at: what was made is closed, whatever is wrong with the others.
+                raw = [device for device in result if isinstance(device, Device)]
+                bare = [contain(Device, device, plugin.culprit) for device in raw]
+                made += bare
                 for device in result:
                     if not isinstance(device, Device):
-                        raise _wrong_result(plugin.entry, DRIVER_HOOKS["device"], device, "Device objects only")
+                        raise plugin.culprit.wrong(hook, device, "a list of Device objects only")
+                made[len(made) - len(raw) :] = [seams.contained_device(device, plugin.culprit) for device in raw]
         except BaseException:
             for device in made:
                 device.close()
@@ -297,94 +300,25 @@ class PluginRegistry:
                 hook = DRIVER_HOOKS[kind]
                 driver = plugin.call(hook)
                 if not isinstance(driver, expected):
-                    raise _wrong_result(plugin.entry, hook, driver, f"a {expected.__name__}")
-                answered = getattr(driver, attribute, None)
+                    raise plugin.culprit.wrong(f"its hook {hook}", driver, f"a {expected.__name__}")
+                try:
+                    answered = getattr(driver, attribute, None)
+                    contained = _CONTAINED[kind](driver, plugin.culprit)
+                except BaseException as error:
+                    if interrupted(error) or isinstance(error, VmfError):
+                        raise
+                    raise plugin.culprit.fault(f"the attributes of its {expected.__name__}", error) from error
                 if answered != name:
                     raise PluginError(
-                        f"The {plugin.entry} calls itself {attribute}={answered!r}, but its entry point '{name}'.",
+                        f"The {plugin.entry} calls itself {attribute}={answered!r:.100}, but its entry point '{name}'.",
                         f"Report this to the authors of {plugin.entry.distribution or plugin.entry.target}.",
                     )
-                self._drivers[key] = driver
+                self._drivers[key] = contained
             return self._drivers[key]
 
 
-def _wrong_result(entry: PluginEntry, hook: str, result: object, expected: str) -> PluginError:
-    return PluginError(
-        f"The {entry} returned {type(result).__name__} from its hook {hook}, where {expected} is specified.",
-        f"Report this to the authors of {entry.distribution or entry.target}, or uninstall it.",
-    )
-
-
-class Hooks:
-    """The many-to-one hooks. Callable from any thread; calls of one observer are not serialised.
-
-    Observers (state changes, teleport phases) that raise are reported by name and never called again. Policies and
-    checks that raise are not skipped: they were installed to forbid something, so their failure forbids it.
-    """
-
-    def __init__(self, plugins: Iterable[LoadedPlugin], report: Callable[[PluginError], None]) -> None:
-        self._plugins = tuple(plugins)
-        self._report = report
-
-    def machine_state_changed(self, name: str, old: str, new: str) -> None:
-        """Tell the observers; never raises."""
-        self._observe("vmf_machine_state_changed", name=name, old=old, new=new)
-
-    def teleport_phase(self, name: str, role: str, phase: str) -> None:
-        """Tell the observers; never raises."""
-        self._observe("vmf_teleport_phase", name=name, role=role, phase=phase)
-
-    def preflight_check(self, name: str, role: str, description: Mapping[str, object]) -> list[Blocker]:
-        """Everything that speaks against a teleport now; a check that fails is itself a blocker."""
-        from vmf.teleport.check import Blocker
-
-        blockers: list[Blocker] = []
-        for plugin in self._implementing("vmf_preflight_check"):
-            try:
-                for results in plugin.call("vmf_preflight_check", name=name, role=role, description=description):
-                    for blocker in results:
-                        if not isinstance(blocker, Blocker):
-                            raise _wrong_result(plugin.entry, "vmf_preflight_check", blocker, "Blocker objects only")
-                        blockers.append(blocker)
-            except (VmfError, TypeError) as error:
-                remedy = error.remedy if isinstance(error, VmfError) else "Report this to the plugin's authors."
-                reason = error.message if isinstance(error, VmfError) else describe(error)
-                values = (f"failed ({reason})", "-") if role == "source" else ("-", f"failed ({reason})")
-                blockers.append(Blocker(f"preflight check '{plugin.entry.name}'", *values, remedy))
-        return blockers
-
-    def cpuid_policy(self, name: str, contract: CpuidTable) -> list[CpuidTable]:
-        """The restricted contracts that the policies answered; the caller intersects them. Raises PluginError."""
-        from vmf.cpuid.table import CpuidTable
-
-        answers: list[CpuidTable] = []
-        for plugin in self._implementing("vmf_cpuid_policy"):
-            for answer in plugin.call("vmf_cpuid_policy", name=name, contract=contract):
-                if not isinstance(answer, CpuidTable):
-                    raise _wrong_result(plugin.entry, "vmf_cpuid_policy", answer, "a CpuidTable or None")
-                answers.append(answer)
-        return answers
-
-    def call(self, hook: str, **arguments: Any) -> list[Any]:
-        """Call a hook by its specified name, under the same rules; the answers, one per plugin that gave one."""
-        if hook == "vmf_preflight_check":
-            return [self.preflight_check(**arguments)]
-        if hook == "vmf_cpuid_policy":
-            return list(self.cpuid_policy(**arguments))
-        self._observe(hook, **arguments)
-        return []
-
-    def _implementing(self, hook: str) -> list[LoadedPlugin]:
-        return [plugin for plugin in self._plugins if hook in plugin.hooks]
-
-    def _observe(self, hook: str, **arguments: Any) -> None:
-        for plugin in self._implementing(hook):
-            try:
-                plugin.call(hook, **arguments)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # noqa: BLE001 - an observer must not stop vmf, SystemExit included
-                self._plugins = tuple(each for each in self._plugins if each is not plugin)
-                reason = error.message if isinstance(error, PluginError) else f"The {plugin.entry}: {describe(error)}."
-                remedy = error.remedy if isinstance(error, VmfError) else ""
-                self._report(PluginError(f"{reason} It is not called any more.", remedy))
+_CONTAINED: Mapping[str, Callable[[Any, Culprit], Any]] = {
+    "cpu": seams.contained_backend,
+    "storage": seams.contained_storage,
+    "transport": seams.contained_transport,
+}
