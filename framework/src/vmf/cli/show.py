@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 UNRESPONSIVE = "does not answer"
 UNREACHABLE = "running, unreachable"
+_CELL = 60
+"""Characters of a problem in a list; `showvminfo` has all of it."""
 
 
 @click.command()
@@ -62,6 +64,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("State", state),
         ("Process", "" if process is None else process.where.removeprefix("process ")),
         ("Failure", live.get("failure")),
+        ("Problem", live.get("problem")),
         ("Last run", last.get("detail") if state != "aborted" else ""),
         ("UUID", config.uuid),
         *(("Not its own", path) for path in strangers(paths.directory)),
@@ -87,6 +90,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Teleport password", "set" if teleporter.password_verifier else ""),
         ("Waits at", ", ".join(live.get("teleporter_addresses", ()))),
         ("Answers at", _answers(live.get("answers_at"))),
+        ("Resets", _resets(live.get("resets"))),
         ("Guest time", f"{live['guest_time_seconds']} s" if "guest_time_seconds" in live else ""),
         ("Definition", paths.definition),
         ("Console log", paths.console_log),
@@ -144,6 +148,12 @@ def _configured(teleporter: TeleporterConfig) -> str:
     host = teleporter.address.strip("[]")
     where = f"[{host}]" if ":" in host else host
     return f"{teleporter.transport}, {where}, port {teleporter.port or 'chosen at the start'}"
+
+
+def _resets(resets: Any) -> str:
+    if not isinstance(resets, dict) or not resets.get("count"):
+        return ""
+    return f"{resets['count']}, the last {resets.get('seconds_since_last'):g} s ago ({resets.get('last_reason')})"
 
 
 def _answers(address: Any) -> str:
@@ -249,17 +259,28 @@ def _list_machines(where: Home, names: list[str], as_json: bool) -> None:
     states = _states(where, [record["name"] for record in records if not record["state"]])
     for record in records:
         if not record["state"]:
-            record["state"] = states[record["name"]][0]
+            record["state"], live = states[record["name"]]
+            record["problem"] = str(live.get("failure") or live.get("problem") or "")
     if as_json:
         say(json.dumps(records, indent=2))
         return
     table(
         [
-            (record["name"], record["state"], f"{record['memory_mib']} MiB", record.get("error") or record["uuid"])
+            (
+                record["name"],
+                record["state"],
+                f"{record['memory_mib']} MiB",
+                record.get("error") or record["uuid"],
+                _shortened(record.get("problem", "")),
+            )
             for record in records
         ],
-        ("NAME", "STATE", "MEMORY", "UUID"),
+        ("NAME", "STATE", "MEMORY", "UUID", "PROBLEM"),
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _CELL else text[: _CELL - 1] + "…"
 
 
 def _states(where: Home, names: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:

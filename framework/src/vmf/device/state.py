@@ -107,12 +107,27 @@ def check_total(payloads: Sequence[Payload]) -> None:
         )
 
 
-def check_settings(result: Any) -> Mapping[str, Any] | None:
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a definition as they can travel; what TOML has and the wire has not (dates, fractions) as text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        try:
+            measure(value)
+        except ValueError:
+            return str(value)
+        return value
+
+    return {str(name): plain(value) for name, value in options.items()}
+
+
+def check_settings(result: Any) -> Mapping[str, Any]:
     """For what `settings` of a device returns."""
-    if result is None:
-        return None
     if not isinstance(result, Mapping):
-        raise ValueError("a mapping of options to plain values, or None")
+        raise ValueError("a mapping of names to plain values, or None")
     try:
         items, size = measure(result)
     except ValueError as error:

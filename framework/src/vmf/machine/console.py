@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from vmf.machine.listeners import tell
+
 MAX_PENDING_INPUT = 1 << 20
 SCROLLBACK = 64 << 10
 
@@ -35,11 +37,13 @@ class SerialConsole:
             if len(self._scrollback) > 2 * SCROLLBACK:
                 del self._scrollback[:-SCROLLBACK]
             listeners = self._listeners
-        for listener in listeners:
-            listener(data)
+        for failed in tell("the console", listeners, data):
+            self._remove(failed)  # it would fail at every byte
 
     def add_listener(self, listener: Listener, *, replay: bool = False) -> Callable[[], None]:
         """Call `listener` with every piece of output from now on, on the vCPU thread; returns its remover.
+
+        One that raises is logged and not called again.
 
         With `replay` it first gets, on this thread, the last `SCROLLBACK` bytes, with nothing lost or doubled between.
         """
@@ -48,11 +52,11 @@ class SerialConsole:
                 listener(bytes(self._scrollback[-SCROLLBACK:]))
             self._listeners = (*self._listeners, listener)
 
-        def remove() -> None:
-            with self._lock:
-                self._listeners = tuple(other for other in self._listeners if other is not listener)
+        return lambda: self._remove(listener)
 
-        return remove
+    def _remove(self, listener: Listener) -> None:
+        with self._lock:
+            self._listeners = tuple(other for other in self._listeners if other is not listener)
 
     def scrollback(self) -> bytes:
         """The last `SCROLLBACK` bytes of output."""

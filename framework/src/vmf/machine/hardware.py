@@ -30,6 +30,7 @@ from vmf.machine.clock import MachineClock
 from vmf.machine.closing import CLOSE_SECONDS, finish
 from vmf.machine.console import SerialConsole
 from vmf.machine.controller import CheckedController
+from vmf.machine.device_check import describe_ranges, label_of
 from vmf.machine.guest_time import GuestTime
 from vmf.machine.timers import TimerQueue
 from vmf.machine.vcpu_thread import VcpuThread
@@ -115,6 +116,19 @@ class Hardware:
         except BaseException:
             self.close()
             raise
+        self.device_ranges: dict[str, dict[str, list[str]]] = describe_ranges(self.bus)
+        """Ports and addresses by owner, as they were claimed when the machine was made; the guest may move some."""
+
+    def device_settings(self) -> dict[str, dict[str, Any]]:
+        """By device: the settings that the guest can see."""
+
+        def settings() -> dict[str, dict[str, Any]]:
+            return {
+                label_of(kind, instance): dict(device.settings() or {})
+                for device, (kind, instance) in zip(self.devices, self.device_keys(), strict=True)
+            }
+
+        return self.thread.call(settings)
 
     # -- assembly
 
@@ -407,6 +421,22 @@ class Hardware:
         payloads = self.thread.call(save)
         check_total(payloads)
         return payloads
+
+    def migration_blockers(self) -> list[tuple[str, str, str]]:
+        """(kind, reason, remedy) of every device that cannot teleport now, or cannot say."""
+
+        def blockers() -> list[tuple[str, str, str]]:
+            found = []
+            for device in self.devices:
+                try:
+                    reason, remedy = device.migration_blocker(), "Detach it, or wait until it can move."
+                except VmfError as error:
+                    reason, remedy = error.message, error.remedy
+                if reason:
+                    found.append((device.kind, reason, remedy))
+            return found
+
+        return self.thread.call(blockers)
 
     def rehearse_save(self) -> list[tuple[str, VmfError]]:
         """Save every device between two instructions of the guest, which then goes on: what would fail when it is

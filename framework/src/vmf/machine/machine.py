@@ -12,6 +12,7 @@ thread of `vmf.machine.hardware`. A teleport runs on the thread that asked for i
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,9 +26,11 @@ from vmf.machine.config import MachineConfig
 from vmf.machine.console import SerialConsole
 from vmf.machine.contract import AUTO_BACKEND, ContractOrigin, Decision, describe_choice, describe_contract, settle
 from vmf.machine.hardware import Hardware
+from vmf.machine.listeners import tell
 from vmf.machine.operations import Operation, Operations
+from vmf.machine.resets import ResetReason, Resets
 from vmf.machine.startup import Startup
-from vmf.machine.states import RUNNABLE, MachineState, check_transition
+from vmf.machine.states import MAY_FAIL, MachineState, check_transition
 from vmf.machine.storage import MachineStorage
 from vmf.machine.teleporter import ProgressListener, Teleporter
 from vmf.machine.tracing import Tracing
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from vmf.machine.trace import TraceSummary
     from vmf.teleport.check import Blocker
     from vmf.teleport.progress import TeleportSummary
+
+log = logging.getLogger(__name__)
 
 _S = MachineState
 StateListener = Callable[[MachineState, MachineState], None]
@@ -82,6 +87,11 @@ class Machine:
         self._changed = threading.Condition(threading.Lock())
         """Guards `_state`, for moments only; any thread."""
         self._powering_off = False
+        self._crashed = False
+        """The vCPU thread has failed and stands still, whatever the state says at this moment."""
+        self.handed_over = False
+        """A teleport's HANDOVER was sent: nothing may run, or fail, here that could make a second copy run."""
+        self.resets = Resets(config.name)
         self._listeners: tuple[StateListener, ...] = ()
         self.journal: Journal = MemoryJournal(config.name)
         """Where its teleports are written down; replace it before the first one."""
@@ -126,6 +136,8 @@ class Machine:
             "cpu_backend": self.config.cpu_backend,
             "failure": self.failure,
             "operation": None if (under_way := self.operation.under_way) is None else under_way.describe(),
+            "problem": "" if self._state is _S.FAILED else self.resets.problem(),
+            "resets": self.resets.info(),
         }
         if hardware is not None:
             answer |= hardware.info() | {
@@ -152,12 +164,16 @@ class Machine:
             check_transition(self.name, old, new)
             self._state = new
             self._changed.notify_all()
-        for listener in self._listeners:
-            listener(old, new)
-        self.registry.hooks.machine_state_changed(self.name, old.value, new.value)
+        try:
+            tell("the state", self._listeners, old, new)
+        finally:
+            self.registry.hooks.machine_state_changed(self.name, old.value, new.value)
+            if self._crashed and new in MAY_FAIL:  # it failed before anybody could say that it runs
+                self.set_state(_S.FAILED)
 
     def add_state_listener(self, listener: StateListener) -> None:
-        """Call `listener(old, new)` after every change, on the thread that caused it; it must not block."""
+        """Call `listener(old, new)` after every change, on the thread that caused it; it must not block. What it
+        raises is logged."""
         self._listeners = (*self._listeners, listener)
 
     def wait_for(self, *states: MachineState, timeout: float | None = None) -> MachineState:
@@ -181,7 +197,7 @@ class Machine:
         """
         with self.operation.long("the start") as operation, self.operation:
             self.set_state(_S.STARTING)
-            self._powering_off = False
+            self.begin_run()
             try:
                 if self.snapshots is not None:
                     self.snapshots.refuse_half_restored("started")
@@ -199,6 +215,12 @@ class Machine:
             self.set_state(_S.RUNNING)
             if paused:
                 self.pause()
+
+    def begin_run(self) -> None:
+        """Another run: nothing of the one before counts any longer. For this room's modules."""
+        self._powering_off = self._crashed = self.handed_over = False
+        self.failure = ""
+        self.resets = Resets(self.name)
 
     def _go_on_from_snapshot(self, operation: Operation) -> bool:
         """Where the machine was put back to a snapshot with memory; False for a plain boot."""
@@ -312,16 +334,24 @@ class Machine:
     def reset(self) -> None:
         """Restart the guest as by the reset button: RAM is lost, the images are loaded again."""
         with self.operation:
-            if self._state not in (_S.RUNNING, _S.PAUSED, _S.FAILED):
+            if self._state not in (_S.RUNNING, _S.PAUSED, _S.FAILED) or self.handed_over:
                 raise self.illegal("reset", "running or paused")
+            self.resets.note(ResetReason.USER)
             if self._state is _S.PAUSED:
                 self._restart(run=False)
-            else:
+                return
+            crashed, self._crashed = self._crashed, False
+            try:
                 self.hardware.halt(freeze_time=False)
                 self._restart(run=True)
-                if self._state is _S.FAILED:
-                    self.failure = ""
-                    self.set_state(_S.RUNNING)
+            except BaseException as error:
+                # The guest has gone, at least in part.
+                self._crashed = crashed
+                self._on_crash(error)
+                raise
+            if self._state is _S.FAILED:
+                self.failure = ""
+                self.set_state(_S.RUNNING)
 
     @property
     def powering_off(self) -> bool:
@@ -351,27 +381,39 @@ class Machine:
 
     def _on_exit(self, exit_: VmExit) -> None:
         if exit_.reason is ExitReason.SHUTDOWN:
-            self._guest_reset()
+            self._reset_by(ResetReason.TRIPLE_FAULT)
         elif exit_.reason is ExitReason.HALTED:
             self._guest_power_off()  # interrupts off for good: how a guest without ACPI switches itself off
         else:
             self._fail(f"CPU backend {self.hardware.backend.name}: {exit_.detail or exit_.reason.value}")
 
     def _on_crash(self, error: BaseException) -> None:
+        log.debug("machine %s", self.name, exc_info=error)  # for the plugin's authors
         self._fail(str(error) if isinstance(error, VmfError) else f"{type(error).__name__}: {error}")
 
     def _fail(self, why: str) -> None:
+        if self.handed_over:
+            log.error("machine %s, after it was handed over: %s", self.name, why)
+            return
+        log.error("machine %s failed: %s", self.name, why)
         self.failure = why
+        self._crashed = True
         self._teleporter.request_cancel(f"machine {self.name} failed: {why.rstrip('.')}")
         self.tracing.cancel(wait=False, reason="the machine failed")
-        if self._state in RUNNABLE:
+        if self._state in MAY_FAIL:
             self.set_state(_S.FAILED)
 
     def _guest_reset(self) -> None:
+        self._reset_by(ResetReason.GUEST)
+
+    def _reset_by(self, reason: ResetReason) -> None:
         """The guest asked for a reset (a port, or a triple fault): restart it between two slices.
 
         A machine that somebody halted in the meantime (a pause, the handover) is reset but left halted.
         """
+        if why := self.resets.note(reason):
+            self._fail(why)
+            return
         hardware = self.hardware
         hardware.thread.post(lambda: self._restart(run=not hardware.held))
 
@@ -421,8 +463,10 @@ class Machine:
                 raise self.illegal("powered off", "running or paused")
             if self._state is not _S.TELEPORTING_IN:
                 self.set_state(_S.STOPPING)
-            problems = self.scrap()
-            self.set_state(_S.POWERED_OFF)
+            try:
+                problems = self.scrap()
+            finally:
+                self.set_state(_S.POWERED_OFF)
             return problems
 
     def scrap(self) -> tuple[str, ...]:

@@ -34,17 +34,20 @@ TRANSITIONS: dict[MachineState, frozenset[MachineState]] = {
     _S.STARTING: frozenset({_S.RUNNING, _S.POWERED_OFF}),
     _S.TELEPORTING_IN: frozenset({_S.RUNNING, _S.PAUSED, _S.POWERED_OFF}),
     _S.RUNNING: frozenset({_S.PAUSED, _S.TELEPORTING, _S.STOPPING, _S.FAILED}),
-    _S.PAUSED: frozenset({_S.RUNNING, _S.TELEPORTING_PAUSED, _S.STOPPING}),
+    _S.PAUSED: frozenset({_S.RUNNING, _S.TELEPORTING_PAUSED, _S.STOPPING, _S.FAILED}),
     _S.TELEPORTING: frozenset({_S.RUNNING, _S.TELEPORTED, _S.UNCERTAIN, _S.STOPPING, _S.FAILED}),
-    _S.TELEPORTING_PAUSED: frozenset({_S.PAUSED, _S.TELEPORTED, _S.UNCERTAIN, _S.STOPPING}),
+    _S.TELEPORTING_PAUSED: frozenset({_S.PAUSED, _S.TELEPORTED, _S.UNCERTAIN, _S.STOPPING, _S.FAILED}),
     _S.UNCERTAIN: frozenset({_S.RUNNING, _S.PAUSED, _S.TELEPORTED, _S.STOPPING}),
     _S.TELEPORTED: frozenset({_S.STOPPING}),
-    _S.FAILED: frozenset({_S.RUNNING, _S.STOPPING}),
+    _S.FAILED: frozenset({_S.RUNNING, _S.STOPPING, _S.TELEPORTED, _S.UNCERTAIN}),  # it failed after it was handed over
     _S.STOPPING: frozenset({_S.POWERED_OFF}),
 }
 
 RUNNABLE = frozenset({_S.RUNNING, _S.TELEPORTING})
 """States in which the vCPU executes."""
+
+MAY_FAIL = RUNNABLE | {_S.PAUSED, _S.TELEPORTING_PAUSED}
+"""States in which a device can fail: also what it finishes while the guest is paused runs on the vCPU thread."""
 
 
 def check_transition(name: str, old: MachineState, new: MachineState) -> None:

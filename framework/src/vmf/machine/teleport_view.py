@@ -17,6 +17,7 @@ from vmf.device.base import Payload
 from vmf.errors import LocalProtocolError, TeleportError
 from vmf.machine.contract import capability_of
 from vmf.machine.cpu_check import CpuCheck, describe_cpu
+from vmf.machine.device_check import check_devices, check_ranges, check_settings
 from vmf.machine.states import MachineState
 from vmf.memory.dirty import DirtyTracker
 from vmf.memory.guest import GuestMemory
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from vmf.teleport.journal import Journal
 
 DESCRIPTION_VERSION = 1
+DEVICE_HOOKS: dict[str, Hook] = {
+    "devices": check_devices,
+    "device_settings": check_settings,
+    "device_ranges": check_ranges,
+}
 
 
 class TeleportView:
@@ -39,6 +45,7 @@ class TeleportView:
         self._handed_over = False
         self._drives: list[dict[str, Any]] | None = None
         self._look: Callable[[], None] | None = None
+        self._prepared: list[Blocker] | None = None
 
     @property
     def name(self) -> str:
@@ -69,6 +76,8 @@ class TeleportView:
             "memory_mib": machine.config.memory_mib,
             "cpu": describe_cpu(machine, with_state=machine.state is not MachineState.TELEPORTING_IN),
             "devices": [[kind, instance] for kind, instance in hardware.device_keys()],
+            "device_settings": hardware.device_settings(),
+            "device_ranges": hardware.device_ranges,
             "boot": machine.boot_digest(),
         }
 
@@ -78,7 +87,7 @@ class TeleportView:
             return [Blocker("description", f"version {show(source.get('version'))}", f"{DESCRIPTION_VERSION}", remedy)]
         cpu = CpuCheck(self._machine)
         hooks: dict[str, Hook] = {
-            "devices": self._check_devices,
+            **DEVICE_HOOKS,
             "boot": self._check_boot,
             "cpu": lambda there, _here: cpu.compare(there),
             "drives": lambda there, _here: self._machine.storage.check(there),
@@ -92,7 +101,7 @@ class TeleportView:
         """At the start from a snapshot: `check`, for a description that this machine wrote itself."""
         cpu = CpuCheck(self._machine)
         hooks: dict[str, Hook] = {
-            "devices": self._check_devices,
+            **DEVICE_HOOKS,
             "boot": lambda _then, _now: [],  # what a reset starts may be another one
             "cpu": lambda then, _now: cpu.compare(then),
         }
@@ -104,23 +113,6 @@ class TeleportView:
             arriving = self._machine.state is MachineState.TELEPORTING_IN
             self._drives = self._machine.storage.describe(publish=not arriving, look=self._look)
         return self._drives
-
-    def _check_devices(self, source: Any, target: Any) -> list[Blocker]:
-        def rows(value: Any) -> dict[str, tuple[str, int]]:
-            if not isinstance(value, list):
-                return {}
-            pairs = [row for row in value if isinstance(row, list) and len(row) == 2]
-            return {f"device {show(kind)}" + (f" #{show(n)}" if n else ""): (kind, n) for kind, n in pairs}
-
-        there, here = rows(source), rows(target)
-        found = []
-        for label in sorted(set(there) - set(here)):
-            remedy = "Install the plugin that provides it, and list it in `devices` of the target machine's definition."
-            found.append(Blocker(label, "present", "missing", remedy))
-        for label in sorted(set(here) - set(there)):
-            remedy = "Remove it from `devices` in the target machine's definition."
-            found.append(Blocker(label, "missing", "present", remedy))
-        return found
 
     def _check_boot(self, source: Any, target: Any) -> list[Blocker]:
         """Kernel, initrd and command line: what a reset after the teleport would start."""
@@ -145,18 +137,38 @@ class TeleportView:
         return evolve(capability_of(backend), name=backend.name)
 
     def local_blockers(self, role: str) -> Sequence[Blocker]:
+        if self._prepared is not None and role == "source":
+            found, self._prepared = self._prepared, None
+            return found
+        return self._find_local_blockers(role, self._look)
+
+    def prepare(self, look_around: Callable[[], None]) -> None:
+        """At the source, before anybody at the other side waits: what may take long because plugins do.
+
+        Args:
+            look_around: called several times a second meanwhile; what it raises ends the wait.
+        """
+        self.interrupted_by(look_around)
+        self._prepared = self._find_local_blockers("source", look_around)
+
+    def _find_local_blockers(self, role: str, look_around: Callable[[], None] | None) -> list[Blocker]:
+        machine, hardware = self._machine, self._machine.hardware
+
+        def here(reason: str) -> tuple[str, str]:
+            return (reason, "-") if role == "source" else ("-", reason)
+
         found = [
-            Blocker(f"device {device.kind}", reason, "-", "Detach it, or wait until it can move.")
-            for device in self._machine.hardware.devices
-            if (reason := device.migration_blocker())
+            Blocker(f"device {kind}", *here(reason), remedy) for kind, reason, remedy in hardware.migration_blockers()
         ]
         if role == "source":
-            found += self._machine.storage.local_blockers()
-            if (refusal := self._machine.hardware.state_refusal()) is not None:
-                what = refusal.message.removeprefix("vCPU state: ").rstrip(".")
-                found.append(Blocker("vCPU state", what, "-", refusal.remedy or "Try again later."))
+            for what, refused in hardware.rehearse_save():
+                found.append(Blocker(f"state of {what}", *here(refused.message), refused.remedy))
+            found += machine.storage.local_blockers()
+            if (refusal := hardware.state_refusal()) is not None:
+                why = refusal.message.removeprefix("vCPU state: ").rstrip(".")
+                found.append(Blocker("vCPU state", why, "-", refusal.remedy or "Try again later."))
         found += self._snapshot_blockers(role)
-        found += self._machine.registry.hooks.preflight_check(self.name, role, self.describe())
+        found += machine.registry.hooks.preflight_check(self.name, role, self.describe(), look_around)
         return found
 
     def _snapshot_blockers(self, role: str) -> list[Blocker]:
@@ -205,10 +217,10 @@ class TeleportView:
             self._machine.hardware.run()
 
     def mark_handed_over(self) -> None:
-        self._handed_over = True
+        self._handed_over = self._machine.handed_over = True
 
     def take_back(self) -> None:
-        self._handed_over = False
+        self._handed_over = self._machine.handed_over = False
 
     def mark_teleported(self) -> None:
         self._machine.set_state(MachineState.TELEPORTED)

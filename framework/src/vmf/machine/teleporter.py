@@ -7,6 +7,7 @@ one teleport is under way; it runs on the thread that asked for it and can be ca
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from vmf.errors import ConfigError, InvalidStateError, TeleportBlocked, Teleport
 from vmf.machine.doubt import Doubt, describe
 from vmf.machine.states import MachineState
 from vmf.machine.teleport_view import TeleportView
-from vmf.teleport.link import CancelRequest
+from vmf.teleport.link import Canceller, CancelRequest
 from vmf.teleport.protocol import handover
 from vmf.transport.base import Address, Channel, Listener, Transport
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to reach a teleport target."""
-CHECK_TIMEOUT = 30.0
-"""Seconds for the answer to a check."""
+CHECK_TIMEOUT = 110.0
+"""Seconds for the answer to a check: more than the plugins at the target may take together, see `vmf.plugins.hooks`. A
+target that has died is noticed earlier, as it does not show that it lives."""
 
 _S = MachineState
 ProgressListener = Callable[["ProgressEvent"], None]
@@ -126,6 +128,7 @@ class Teleporter:
             machine.set_state(going_on[before])
         view = TeleportView(machine)
         try:
+            timeout_s = self._prepare(view, timeout_s, cancel)
             patience = CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
 
             def connect() -> Channel:
@@ -155,16 +158,31 @@ class Teleporter:
             self._cancel = None
             self._done.set()
 
+    @staticmethod
+    def _prepare(view: TeleportView, timeout_s: float | None, cancel: threading.Event) -> float | None:
+        """Ask the plugins here before the target waits for us, which it does not for long; the time that is left."""
+        canceller = Canceller(cancel, timeout_s, now=lambda: None, late=lambda: None)
+        began = time.monotonic()
+        try:
+            canceller.check()
+            view.prepare(canceller.check)
+            canceller.check()
+        finally:
+            canceller.close()
+        return None if timeout_s is None else max(0.001, timeout_s - (time.monotonic() - began))
+
     def check(self, address: Address, password: str | None = None) -> tuple[Blocker, ...]:
         from vmf.teleport.source import SourceOptions, teleport_source
 
         machine = self._machine
         if machine.state not in (_S.RUNNING, _S.PAUSED):
             raise machine.illegal("checked for a teleport", "running or paused")
+        view = TeleportView(machine)
+        view.prepare(lambda: None)
         channel = machine.registry.transport(address.scheme).connect(address, CONNECT_TIMEOUT)
         try:
             options = SourceOptions(check_only=True, timeout_s=CHECK_TIMEOUT, password=password)
-            teleport_source(TeleportView(machine), channel, options)
+            teleport_source(view, channel, options)
         except TeleportBlocked as error:
             return error.blockers
         finally:
@@ -249,6 +267,7 @@ class Teleporter:
             machine.snapshots.refuse_half_restored("made to wait for a teleport")
         with machine.operation:
             machine.set_state(_S.TELEPORTING_IN)
+            machine.begin_run()
             try:
                 machine.boot_digest()
                 machine.storage.prepare()

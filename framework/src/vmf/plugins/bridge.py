@@ -238,7 +238,8 @@ class PluginRegistry:
         try:
             for name in names:
                 plugin = self.load("device", name)
-                own = environment.of_plugin(plugin.culprit, (options or {}).get(name, {}))
+                given = (options or {}).get(name, {})
+                own = environment.of_plugin(plugin.culprit, given)
                 result = plugin.call(hook, environment=own)
                 if isinstance(result, str) or not isinstance(result, Sequence):
                     raise plugin.culprit.wrong(hook, result, "a list of Device objects")
@@ -249,7 +250,7 @@ class PluginRegistry:
                 for device in result:
                     if not isinstance(device, Device):
                         raise plugin.culprit.wrong(hook, device, "a list of Device objects only")
-                made[len(made) - len(raw) :] = [seams.contained_device(device, plugin.culprit) for device in raw]
+                made[len(made) - len(raw) :] = [seams.contained_device(device, plugin.culprit, given) for device in raw]
         except BaseException:
             for device in made:
                 device.close()

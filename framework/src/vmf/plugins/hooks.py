@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vmf.teleport.check import Blocker
 
 CHECK_SECONDS = 60.0
-"""Longest time for one preflight check of one plugin."""
+"""Longest time for all preflight checks of one side together; shorter than a source waits for the target's check."""
 _POLL_S = 0.05
 
 
@@ -56,10 +56,11 @@ class Hooks:
         from vmf.teleport.check import Blocker
 
         blockers: list[Blocker] = []
+        end = time.monotonic() + CHECK_SECONDS
         for plugin in self._implementing("vmf_preflight_check"):
             try:
                 arguments = {"name": name, "role": role, "description": description}
-                for results in _within(plugin, "vmf_preflight_check", arguments, look_around):
+                for results in _within(plugin, "vmf_preflight_check", arguments, end, look_around):
                     blockers += [_blocker(plugin, each) for each in _blockers(plugin, results)]
             except PluginError as error:
                 reason = f"failed ({error.message})"
@@ -104,7 +105,11 @@ class Hooks:
 
 
 def _within(
-    plugin: LoadedPlugin, hook: str, arguments: Mapping[str, Any], look_around: Callable[[], None] | None
+    plugin: LoadedPlugin,
+    hook: str,
+    arguments: Mapping[str, Any],
+    end: float,
+    look_around: Callable[[], None] | None,
 ) -> Iterable[Any]:
     """What the hook returns, called on a thread of its own. Raises PluginError, also when it takes too long."""
     answers: list[Any] = []
@@ -118,14 +123,14 @@ def _within(
 
     thread = threading.Thread(target=call, name=f"vmf-{hook}", daemon=True)
     thread.start()
-    end = time.monotonic() + CHECK_SECONDS
     thread.join(_POLL_S)
     while thread.is_alive():
         if look_around is not None:
             look_around()
         if time.monotonic() > end:
             raise PluginError(
-                f"The {plugin.entry} has not answered its hook {hook} within {CHECK_SECONDS:g} s.",
+                f"The {plugin.entry} has not answered its hook {hook} within the {CHECK_SECONDS:g} s that all checks"
+                " together may take.",
                 f"Report this to the authors of {plugin.culprit.authors}, or do without it.",
             )
         thread.join(_POLL_S)

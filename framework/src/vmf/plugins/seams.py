@@ -74,10 +74,16 @@ def _or_none(check: Check) -> Check:
 # -- devices -------------------------------------------------------------------------------------------------
 
 
-def contained_device(device: Device, culprit: Culprit) -> Device:
-    """A device that its plugin has made. Raises PluginError where it does not say what it is."""
+def contained_device(device: Device, culprit: Culprit, options: Mapping[str, Any] | None = None) -> Device:
+    """A device that its plugin has made. Raises PluginError where it does not say what it is.
+
+    Args:
+        options: the plugin's, as they were given: they stand for the settings of a device that tells none.
+    """
     from vmf.device.base import Device
-    from vmf.device.state import check_settings, payload_check
+    from vmf.device.state import check_settings, payload_check, plain_options
+
+    given = plain_options(options or {})
 
     fixed: dict[str, Any] = {}
     rules: Mapping[str, Check] = {
@@ -99,7 +105,7 @@ def contained_device(device: Device, culprit: Culprit) -> Device:
         "save": payload_check(fixed["kind"], fixed["VERSION"]),
         "migration_blocker": one_line,
         "serial_input": whole(0, 1 << 20, "the number of bytes it took"),
-        "settings": check_settings,
+        "settings": lambda result: given if result is None else check_settings(result),
     }
     return contain(Device, device, named, checks, fixed)
 

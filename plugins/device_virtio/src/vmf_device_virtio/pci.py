@@ -304,6 +304,10 @@ class HostBridge(Device):
 
     # -- life
 
+    def settings(self) -> Mapping[str, Any]:
+        """The options say which devices there are; where each is on the bus is what the guest sees of it."""
+        return {"slots": [f"{slot}: {function.name}" for slot, function in sorted(self._functions.items())]}
+
     def reset(self) -> None:
         self._address = 0
         self._function.power_on()

@@ -9,6 +9,7 @@ A driver that breaks the rules of its queues finds DEVICE_NEEDS_RESET, and nothi
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from struct import Struct
 from typing import Any
 
@@ -143,6 +144,10 @@ class VirtioDevice(Device):
     @abstractmethod
     def notified(self, number: int) -> None:
         """The driver has put something into queue `number`, which is active. QueueError asks for a reset."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """None of its own: the bus tells which devices there are, and the drives are compared as such."""
+        return {}
 
     def configuration(self) -> bytes:
         """The device's configuration space, as it is now."""
