@@ -461,13 +461,21 @@ class Machine:
                 return ()  # that was all: it waited for a teleport, or was about to start
             if self._state in (_S.POWERED_OFF, _S.STOPPING):
                 raise self.illegal("powered off", "running or paused")
-            if self._state is not _S.TELEPORTING_IN:
-                self.set_state(_S.STOPPING)
             try:
-                problems = self.scrap()
-            finally:
-                self.set_state(_S.POWERED_OFF)
-            return problems
+                if self._state is not _S.TELEPORTING_IN:
+                    self.set_state(_S.STOPPING)
+            except InvalidStateError:
+                raise
+            except BaseException:  # the user's Ctrl-C while listeners were told
+                self._end()
+                raise
+            return self._end()
+
+    def _end(self) -> tuple[str, ...]:
+        try:
+            return self.scrap()
+        finally:
+            self.set_state(_S.POWERED_OFF)
 
     def scrap(self) -> tuple[str, ...]:
         """Take the hardware apart; what its storage did not take. For this room's modules."""
@@ -487,7 +495,10 @@ class Machine:
             if self._state is not _S.POWERED_OFF:
                 self.power_off()
         except InvalidStateError:
-            self.scrap()
+            with self.operation:
+                self.scrap()
+                if self._state in (_S.STARTING, _S.STOPPING):  # interrupted halfway
+                    self.set_state(_S.POWERED_OFF)
 
     # -- another CPU backend, and watching the guest
 
