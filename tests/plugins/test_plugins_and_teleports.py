@@ -1,4 +1,4 @@
-"""What plugins do to a teleport's check: settings that differ, checks that take long, states that cannot be restored."""
+"""Plugins and a teleport's check: settings that differ, checks that take long, states that cannot be restored."""
 
 from __future__ import annotations
 

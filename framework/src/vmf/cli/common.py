@@ -45,6 +45,7 @@ class Mebibytes(_IntType):
     """A memory size: MiB as a plain number, or with a unit: 512M, 1G, 1.5GiB."""
 
     name = "MIB"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value

@@ -152,8 +152,7 @@ def list_snapshots(name: str, as_json: bool) -> None:
                 time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.taken)) if each.taken else "",
                 each.state,
                 ", ".join(f"port {port}: {size(count)}" for port, count in each.disks.items()),
-                printable(each.description)
-                + (NEXT_START if each.name == next_start else ""),
+                printable(each.description) + (NEXT_START if each.name == next_start else ""),
             )
             for each in store.list()
         ],
