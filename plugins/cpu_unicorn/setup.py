@@ -6,10 +6,14 @@ import sys
 from setuptools import Extension, setup
 
 HERE = "src/vmf_cpu_unicorn"
-SOURCES = {"_gate": ("_gate", "_gate_hooks", "_gate_pacer"), "_stores": ("_stores",)}
-HEADERS = ("_gate.h", "_floats.h", "_floats_x87.h", "_slots.h")
-if platform.machine() in ("x86_64", "AMD64"):  # it executes the host's own instructions
+SOURCES = {
+    "_gate": ("_gate", "_gate_hooks", "_gate_pacer"),
+    "_stores": ("_stores",),
+}
+HEADERS = ("_gate.h", "_floats.h", "_floats_x87.h", "_slots.h", "_corrections.h")
+if platform.machine() in ("x86_64", "AMD64"):  # these execute the host's own instructions
     SOURCES["_floats"] = ("_floats", "_floats_sse", "_floats_x87", "_floats_moves")
+    SOURCES["_corrections"] = ("_corrections", "_corrections_code", "_corrections_system")
 
 extensions = []
 if sys.platform == "linux":

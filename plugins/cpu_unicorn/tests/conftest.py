@@ -1,7 +1,9 @@
-"""Fixtures: a bare guest on a vCPU, once for each gate."""
+"""Fixtures: a bare guest on a vCPU, once for each gate; and the host's own processor."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -36,3 +38,20 @@ def make_bench(gate: str) -> Iterator[Callable[..., Bench]]:
 @pytest.fixture
 def bench(make_bench: Callable[..., Bench]) -> Bench:
     return make_bench()
+
+
+@pytest.fixture(scope="session")
+def native() -> Callable[[bytes, bytearray], None]:
+    """Runs a few bytes of code on the host's processor, with one argument: the address of some data."""
+    try:
+        memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    except OSError as error:
+        pytest.skip(f"no executable memory here: {error}")
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+    def run(code: bytes, data: bytearray) -> None:
+        memory[: len(code) + 1] = code + b"\xc3"
+        argument = (ctypes.c_char * len(data)).from_buffer(data)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(argument))
+
+    return run

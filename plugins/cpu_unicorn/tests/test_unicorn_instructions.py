@@ -7,10 +7,9 @@ has them: results, flags and registers must be the same.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,27 +137,6 @@ def test_all_presented_bits_are_covered() -> None:
     assert added <= FREE_FEATURES
 
 
-class Native:
-    """The host's processor, for a few bytes of code with one argument."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-
-    def run(self, code: bytes, data: bytearray) -> None:
-        self._memory[: len(code) + 1] = code + b"\xc3"
-        argument = (ctypes.c_char * len(data)).from_buffer(data)
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)(ctypes.addressof(argument))
-
-
-@pytest.fixture(scope="module")
-def native() -> Native:
-    try:
-        return Native()
-    except OSError as error:
-        pytest.skip(f"no executable memory here: {error}")
-
-
 def host_flags() -> set[str]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
@@ -178,7 +156,9 @@ def operands(name: str, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("feature", list(_BESIDE_THE_HOST))
-def test_vector_instructions_beside_the_host(machine: Bench, native: Native, feature: str) -> None:
+def test_vector_instructions_beside_the_host(
+    machine: Bench, native: Callable[[bytes, bytearray], None], feature: str
+) -> None:
     if feature not in host_flags():
         pytest.skip(f"this host's processor has no {feature}")
     rng = random.Random(feature)
@@ -193,7 +173,7 @@ def test_vector_instructions_beside_the_host(machine: Bench, native: Native, fea
             machine.memory.write(DATA, bytes(data))
             assert machine.execute(code + b"\xf4", machine.state(rdi=DATA)).reason is ExitReason.HALTED
             assert machine.records() == [], f"{name} faults"
-            native.run(code, data)
+            native(code, data)
             seen = machine.memory.read(DATA + 32, 32)
             assert seen[:24] == data[32:56], name
             assert (seen[24] ^ data[56]) & 0x41 == 0, f"{name}: carry and zero"

@@ -130,12 +130,25 @@ _MSRS_WITHOUT_PLACE = {0x10: 77, 0x1B: 0xFEE00900, 0x3A: 5, 0x3B: 7, 0x48: 1, 0x
                        0xDA0: 1, 0xC0010015: 1}  # fmt: skip
 
 
+_LEGAL_VALUES = {
+    0x200: 0x1006,
+    0x20F: 0x1800,
+    0x2FF: 0xC06,
+    0x277: 0x406,
+    **dict.fromkeys((0x250, 0x258, 0x26F), 0x406),
+}
+"""Of MSRs that hold types of memory."""
+
+
 @pytest.mark.parametrize("index", [*_MSRS_WITH_PLACE, *_MSRS_WITHOUT_PLACE], ids=hex)
 def test_what_a_guest_writes_into_an_msr_is_in_the_state_or_was_not_taken(bench: Bench, index: int) -> None:
-    value = _MSRS_WITHOUT_PLACE.get(index, 0x406 if index == 0x277 else 0x1234)
-    write = b"\xb9" + struct.pack("<I", index) + b"\xb8" + struct.pack("<I", value) + b"\x31\xd2\x0f\x30"
-    # mov ecx, index; mov eax, value; xor edx, edx; wrmsr; xor eax, eax; rdmsr; hlt
-    assert bench.execute(write + b"\x31\xc0\x0f\x32\xf4", bench.state()).reason is ExitReason.HALTED
+    value = _MSRS_WITHOUT_PLACE.get(index, _LEGAL_VALUES.get(index, 0x1234))
+    # wrmsr; hlt, and rdmsr; hlt: each may be #GP, which goes to the hlt
+    for raw, eax in ((b"\x0f\x30\xf4", value), (b"\x0f\x32\xf4", 0)):
+        state = bench.vcpu.save() if not eax else bench.state()
+        registers = {**bench.state().registers, "rax": eax, "rcx": index, "r15": CODE + 2}
+        state = attrs.evolve(state, rip=CODE, registers=registers, halted=False)
+        assert bench.execute(raw, state).reason is ExitReason.HALTED
     state = bench.vcpu.save()
     seen = state.registers["rax"] & 0xFFFFFFFF | state.registers["rdx"] << 32
     if index in _MSRS_WITHOUT_PLACE:
@@ -145,7 +158,8 @@ def test_what_a_guest_writes_into_an_msr_is_in_the_state_or_was_not_taken(bench:
     bases = {0xC0000100: "fs", 0xC0000101: "gs"}
     carried = state.segments[bases[index]].base if index in bases else state.msrs[index]
     assert carried == value
-    other = attrs.evolve(state, rip=CODE + 0x100, registers={**state.registers, "rax": 0, "rdx": 0}, halted=False)
+    registers = {**state.registers, "rax": 0, "rdx": 0, "rcx": index}
+    other = attrs.evolve(state, rip=CODE + 0x100, registers=registers, halted=False)
     bench.memory.write(CODE + 0x100, b"\x0f\x32\xf4")  # rdmsr; hlt
     bench.vcpu.restore(bench.state())
     bench.vcpu.restore(other)

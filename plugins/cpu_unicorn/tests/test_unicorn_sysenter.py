@@ -139,3 +139,48 @@ def test_trace_flag_stops_after_sysenter(bench: Bench) -> None:
     assert bench.execute(SYSENTER, state).reason is ExitReason.HALTED
     first = bench.records()[0]
     assert (first.vector, first.rip, first.cs) == (1, SYSCALL_ENTRY, KERNEL_CS)
+
+
+@pytest.mark.parametrize("instruction", ["sysenter", "cpuid", "syscall"])
+def test_a_stop_just_before_does_not_hide_an_instruction(bench: Bench, instruction: str) -> None:
+    """The kick comes while the block that holds the instruction runs: its port access is where."""
+    state = with_msrs(bench.state(rax=0, rcx=0))
+    head = bytes.fromhex("9090 e480 31c0 31c9 90")  # nop; nop; in al,0x80; xor eax,eax; xor ecx,ecx; nop
+    raw = {"sysenter": SYSENTER, "syscall": SYSCALL, "cpuid": bytes.fromhex("0fa2 f4")}[instruction]
+    kicks: list[int] = []
+
+    def read(size: int) -> int:
+        kicks.append(size)
+        bench.vcpu.kick()
+        return 0
+
+    bench.port.read = read
+    bench.load(head + raw, state)
+    reasons = [bench.vcpu.run(None).reason]
+    while reasons[-1] is ExitReason.KICKED:
+        reasons.append(bench.vcpu.run(None).reason)
+    assert kicks == [1]
+    assert reasons == [ExitReason.KICKED, ExitReason.HALTED]
+    assert bench.records() == []
+    after = bench.vcpu.save()
+    if instruction == "cpuid":
+        assert after.registers["rbx"].to_bytes(4, "little") == b"Genu"
+        assert after.registers["rax"] == bench.environment.cpuid.lookup(0, 0).eax
+        assert after.rip == CODE + len(head) + 3
+    else:
+        assert after.rip == SYSCALL_ENTRY + 1
+
+
+@pytest.mark.parametrize("instruction", ["sysenter", "cpuid"])
+def test_an_error_just_before_still_ends_the_slice(bench: Bench, instruction: str) -> None:
+    raw = {"sysenter": SYSENTER, "cpuid": bytes.fromhex("0fa2 ebfe")}[instruction]
+    bench.memory.write(SYSCALL_ENTRY, bytes.fromhex("ebfe"))  # for ever
+
+    def read(size: int) -> int:
+        raise RuntimeError("a device's fault")
+
+    bench.port.read = read
+    bench.load(bytes.fromhex("e480") + raw, with_msrs(bench.state()))
+    result = bench.vcpu.run(None)
+    assert result.reason is ExitReason.ERROR
+    assert "a device's fault" in result.detail

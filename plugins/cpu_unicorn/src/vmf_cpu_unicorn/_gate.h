@@ -44,6 +44,7 @@
 #define REQUEST_VIRQ 0x100u
 #define REQUEST_NMI 0x200u
 #define CC_OP_EFLAGS 1u
+#define VECTOR_DB 1
 #define VECTOR_UD 6
 #define VECTOR_DF 8
 #define VECTOR_GP 13
@@ -55,7 +56,7 @@ typedef struct {
     uint64_t uc, cpu, env;
     uint64_t fn_emu_start, fn_emu_stop, fn_do_interrupt, fn_update_hflags, fn_cc_compute_all, fn_ldub_code;
     uint64_t fn_check_iob, fn_check_iow, fn_check_iol, fn_raise_exception_err, fn_cpu_loop_exit;
-    uint64_t interrupt_request, icount_decr, halted; /* addresses */
+    uint64_t interrupt_request, icount_decr, halted, exception_index; /* addresses */
     uint64_t eip, eflags, cc_src, cc_op, df, hflags, hflags2, segs, cr, efer, star, lstar, cstar, fmask; /* offsets in env */
     uint64_t sysenter_cs, sysenter_esp, sysenter_eip;
     uint64_t exception_is_int, exception_next_eip, old_exception, vm_vmcb, vector_page;

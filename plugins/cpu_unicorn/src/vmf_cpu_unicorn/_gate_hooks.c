@@ -105,9 +105,40 @@ static void on_exception(void *uc, uint32_t vector, void *user)
     ((void (*)(void *))(uintptr_t)g->c.fn_do_interrupt)((void *)(uintptr_t)g->c.cpu);
 }
 
+static uint8_t code_byte(Gate *g, uint64_t offset)
+{
+    bool wide = ENV32(g, hflags) & HF_CS64;
+    uint64_t base = wide ? 0 : *(uint64_t *)(g->env + g->c.segs + 24 * SEG_CS + 8);
+    uint64_t address = base + ENV64(g, eip) + offset;
+    return (uint8_t)((uint32_t (*)(void *, uint64_t))(uintptr_t)g->c.fn_ldub_code)(
+        g->env, wide ? address : (uint32_t)address);
+}
+
+/* Length of INT1 at RIP with its prefixes, or 0: the engine does not know that instruction. */
+static unsigned int1_length(Gate *g)
+{
+    for (unsigned n = 0; n < 15; n++) {
+        uint8_t byte = code_byte(g, n);
+        if (byte == 0xf1)
+            return n + 1;
+        bool rex = (byte & 0xf0) == 0x40 && (ENV32(g, hflags) & HF_CS64);
+        if (!rex && (byte == 0 || memchr("\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65", byte, 10) == NULL))
+            return 0;
+    }
+    return 0;
+}
+
 static bool on_invalid_instruction(void *uc, void *user)
 {
-    on_exception(uc, VECTOR_UD, user);
+    Gate *g = user;
+    unsigned length = int1_length(g);
+    if (length) { /* SDM vol. 2, INT1: #DB behind the instruction, whatever the gate's privilege */
+        ENV64(g, eip) += length;
+        *(int32_t *)(uintptr_t)g->c.exception_index = VECTOR_DB;
+        on_exception(uc, VECTOR_DB, user);
+    } else {
+        on_exception(uc, VECTOR_UD, user);
+    }
     return true;
 }
 
@@ -124,15 +155,9 @@ static void load_segment(Gate *g, int which, uint32_t selector, uint32_t flags)
 /* Length of the two-byte instruction (0F ..) at RIP with its prefixes: what the engine adds to RIP after the hook. */
 static uint64_t two_byte_length(Gate *g)
 {
-    bool wide = ENV32(g, hflags) & HF_CS64;
-    uint64_t base = wide ? 0 : *(uint64_t *)(g->env + g->c.segs + 24 * SEG_CS + 8);
-    for (unsigned i = 0; i < 14; i++) {
-        uint64_t address = base + ENV64(g, eip) + i;
-        uint32_t byte = ((uint32_t (*)(void *, uint64_t))(uintptr_t)g->c.fn_ldub_code)(
-            g->env, wide ? address : (uint32_t)address);
-        if ((byte & 0xff) == 0x0f)
-            return i + 2;
-    }
+    for (unsigned n = 0; n < 14; n++)
+        if (code_byte(g, n) == 0x0f)
+            return n + 2;
     return 2;
 }
 
@@ -170,6 +195,13 @@ static void on_syscall(void *uc, void *user)
     ENV64(g, eip) = target - length;
 }
 
+/* A stop may have been taken back to get here (sure_hooks.py): the pacer repeats its own, an error is not to wait. */
+static void stop_again(Gate *g)
+{
+    if (g->error != NULL || atomic_load_explicit(&g->kicked, memory_order_relaxed))
+        engine_stop(g);
+}
+
 static void on_sysenter(void *uc, void *user)
 {
     /* SDM vol. 2, SYSENTER; AMD's processors do not have it in long mode (APM vol. 3). The arithmetic flags are not
@@ -179,6 +211,7 @@ static void on_sysenter(void *uc, void *user)
     bool wide = ENV32(g, hflags) & HF_LMA;
     if (g->c.amd && wide)
         engine_raise(g, VECTOR_UD, 0);
+    stop_again(g);
     uint32_t selector = ENV32(g, sysenter_cs) & 0xfffc;
     if (!selector)
         engine_raise(g, VECTOR_GP, 0);
@@ -224,6 +257,7 @@ static int on_cpuid(void *uc, void *user)
     (void)uc;
     uint32_t leaf = (uint32_t)REG(g, RAX), subleaf = (uint32_t)REG(g, RCX);
     uint64_t answer[4] = {0, 0, 0, 0};
+    stop_again(g);
     /* Row 0xffffffff as subleaf: this leaf has no subleaves. A few dozen rows: linear is quick enough. */
     for (Py_ssize_t i = 0; i < g->cpuid_rows; i++) {
         const CpuidRow *row = &g->cpuid[i];

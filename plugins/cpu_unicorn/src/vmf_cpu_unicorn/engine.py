@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vmf.errors import BackendUnavailable, MachineError
-from vmf_cpu_unicorn import host_floats
+from vmf_cpu_unicorn import corrections, host_floats, sure_hooks
 
 REQUIRED_VERSION = "2.1.4"
 """Unexported fields are used, so the version is pinned; see layout.py."""
@@ -93,6 +93,8 @@ class Library:
         address: entry points by name without suffix, public and internal ones.
         version: "2.1.4".
         host_floats: floating point is computed by the host's processor; see host_floats.py.
+        sure_hooks: no stop hides a SYSENTER or CPUID; see sure_hooks.py.
+        corrected: what the engine gets wrong can be corrected; see corrections.py.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,7 +110,7 @@ class Library:
                 _REINSTALL,
             )
         self.address: dict[str, int] = {}
-        for name in (*INTERNALS, *STORE_INTERNALS, *FLOAT_INTERNALS):
+        for name in (*INTERNALS, *STORE_INTERNALS, *FLOAT_INTERNALS, *corrections.INTERNALS, *sure_hooks.HELPERS):
             try:
                 self.address[name] = self._address(f"{name}_x86_64")
             except AttributeError:
@@ -121,6 +123,8 @@ class Library:
         self._declare()
         # Before the first engine is opened: each one copies the table of helpers.
         self.host_floats = host_floats.install(self.api._handle, self.address)
+        self.sure_hooks = sure_hooks.install(self.address)
+        self.corrected = corrections.install(self.api._handle, self.address)
 
     def _address(self, name: str) -> int:
         value = ctypes.cast(getattr(self.api, name), c_void_p).value

@@ -42,6 +42,7 @@ def make_native_gate(engine: Engine, cpu: int, cpuid: CpuidTable, handlers: Hand
         address["helper_check_iob"], address["helper_check_iow"], address["helper_check_iol"],
         address["raise_exception_err"], address["cpu_loop_exit"],
         cpu + at.CPU_INTERRUPT_REQUEST, at.read_pointer(cpu + at.CPU_ICOUNT_DECR_PTR), cpu + at.CPU_HALTED,
+        cpu + at.CPU_EXCEPTION_INDEX,
         at.EIP, at.EFLAGS, at.CC_SRC, at.CC_OP, at.DF, at.HFLAGS, at.HFLAGS2, at.SEGS, at.CR, at.EFER,
         at.STAR, at.LSTAR, at.CSTAR, at.FMASK, at.SYSENTER_CS, at.SYSENTER_ESP, at.SYSENTER_EIP,
         at.EXCEPTION_IS_INT, at.EXCEPTION_NEXT_EIP, at.OLD_EXCEPTION, at.VM_VMCB, vector_page,

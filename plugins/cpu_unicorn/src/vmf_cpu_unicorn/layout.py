@@ -11,6 +11,8 @@ import ctypes
 
 # struct uc_struct
 UC_CPU = 440
+UC_TCG_CONTEXT = 0x300
+UC_STOP_REQUEST = 1389
 UC_NO_EXIT_REQUEST = 2034
 
 # struct CPUState
@@ -20,7 +22,12 @@ CPU_ENV_PTR = 296
 CPU_ICOUNT_DECR_PTR = 304
 CPU_HALTED = 33176
 CPU_EXCEPTION_INDEX = 33184
+CPU_UC = 33192
+CPU_CLASS = 33200
 CPU_ENV = 35408
+
+# struct TCGContext
+TCG_OPERATIONS = 0x7388
 
 # struct CPUX86State
 REGS = 0
@@ -76,6 +83,7 @@ OLD_EXCEPTION = 5496
 VM_VMCB = 5504
 TSC_OFFSET = 5512
 V_TPR = 5556
+ENV_UC = 7000
 ENV_SIZE = 5568
 """Up to `end_reset_fields`: everything that is guest state, except"""
 MTRRS = 6320
@@ -107,6 +115,10 @@ STORE_HELPERS = 0x14336C0
 SLOT_RESET_DIRTY = 0x14C67F8
 SLOT_SET_DIRTY = 0x14BFCE8
 """Slots of the global offset table for tlb_reset_dirty_by_vaddr and tlb_set_dirty."""
+HELPER_SYSENTER = 0x44F3B0
+"""The function itself."""
+HELPER_PLACES = {"helper_sysenter": (0x142EDE8, 0x14A38A0), "helper_cpuid": (0x142F058, 0x14ACD40)}
+"""In the table of helpers, and the slot of the global offset table from which the translator takes the address."""
 MMU_MODES_SIZE = 48
 """The three descriptors (mask, table) of the TLBs, which end where the instruction counter begins."""
 

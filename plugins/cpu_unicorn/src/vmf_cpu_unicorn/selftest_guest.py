@@ -242,6 +242,8 @@ class Trial:
             ("SYSENTER does not work", self._sysenter),
             ("interrupts are not delivered", self._interrupt),
             ("execution cannot be stopped from outside", self._stop),
+            ("a stop hides an instruction", self._stop_before),
+            ("corrections of the engine do not work", self._corrections),
         )
         for complaint, check in checks:
             if not check() or self._abandoned:
@@ -306,6 +308,38 @@ class Trial:
         bench.execute(bytes.fromhex("90fb90f4"))
         taken = bench.interrupts.acknowledged == [0x55]
         return taken and [(r.vector, r.rip) for r in bench.records()] == [(0x55, CODE + 3)]
+
+    def _stop_before(self) -> bool:
+        bench, kicks = self._bench, 0
+
+        def read(size: int) -> int:
+            nonlocal kicks
+            kicks += 1
+            bench.vcpu.kick()
+            return size
+
+        before, bench.port.read = bench.port.read, read
+        bench.execute(bytes.fromhex("e480 31c0 0fa2 f4"), bench.state())  # in al,0x80; xor eax,eax; cpuid; hlt
+        bench.port.read = before
+        ebx = bench.vcpu.save().registers["rbx"]
+        return kicks == 1 and ebx == bench.environment.cpuid.lookup(0, 0).ebx
+
+    def _corrections(self) -> bool:
+        """One of each kind that _corrections.c has, where it is installed."""
+        bench = self._bench
+        if not bench.vcpu.corrected:
+            return True
+        # Each is left behind by its handler: lock mov [rdi],ebx; movaps xmm0,[rdi+1]; rdmsr; mov cr4,rax
+        found = []
+        for text, rax in (("f0891f", 0), ("0f284701", 0), ("0f32", 0), ("0f22e0", 1 << 12)):
+            raw = bytes.fromhex(text)
+            bench.execute(raw + b"\xf4", bench.state(rdi=DATA, rcx=0x1234_5678, rax=rax, r15=CODE + len(raw)))
+            found += [(r.vector, r.rip) for r in bench.records()]
+        # lock cmpxchg [rdi],ebx: equal, so RAX stays as it is
+        bench.memory.write(DATA, bytes(8))
+        bench.execute(bytes.fromhex("f00fb11f f4"), bench.state(rdi=DATA, rax=1 << 40, rbx=5))
+        kept = bench.vcpu.save().registers["rax"] == 1 << 40 and bench.memory.read(DATA, 4) == b"\5\0\0\0"
+        return kept and found == [(6, CODE), (13, CODE), (13, CODE), (13, CODE)]
 
     def _stop(self) -> bool:
         bench = self._bench

@@ -27,7 +27,7 @@ from vmf.cpuid.table import CpuidRegisters, CpuidTable
 from vmf.errors import StateError
 from vmf.memory.guest import LOW_RAM_LIMIT
 from vmf.memory.scattered import Ranges
-from vmf_cpu_unicorn import convert, fast_stores, gates
+from vmf_cpu_unicorn import convert, corrections, fast_stores, gates
 from vmf_cpu_unicorn import layout as at
 from vmf_cpu_unicorn.engine import (
     HOOK_INSN,
@@ -123,6 +123,7 @@ class UnicornVcpu(Vcpu):
             engine.close()
             raise
         self.fast_stores = fast_stores.attach(engine, self._cpu, memory)
+        self.corrected = library.corrected and corrections.attach(self._cpu, environment.cpuid)
         self._written: fast_stores.Written | None = None
         self._written_all: fast_stores.WrittenAll | None = None
         if self.fast_stores:
@@ -139,7 +140,7 @@ class UnicornVcpu(Vcpu):
         user = hooks["user"]
         engine.hook(HOOK_INTR, hooks["exception"], user)
         engine.hook(HOOK_INSN_INVALID, hooks["invalid"], user)
-        engine.hook(HOOK_INSN, hooks["syscall"], user, INSN_SYSCALL)
+        engine.hook(HOOK_INSN, hooks["syscall"], user, INSN_SYSCALL)  # the first: see sure_hooks.py
         engine.hook(HOOK_INSN, hooks["sysenter"], user, INSN_SYSENTER)
         engine.hook(HOOK_INSN, hooks["in"], user, INSN_IN)
         engine.hook(HOOK_INSN, hooks["out"], user, INSN_OUT)
@@ -320,4 +321,5 @@ class UnicornVcpu(Vcpu):
             self._closed = True
         self._gate.close()
         fast_stores.detach(self._cpu)
+        corrections.detach(self._cpu)
         self._engine.close()
