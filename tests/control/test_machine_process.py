@@ -17,6 +17,7 @@ import pytest
 from vmf.control.client import ControlClient
 from vmf.control.process import SAME_REQUEST_S, spawn_detached
 from vmf.errors import ImageError, InvalidStateError, MachineError, NotFoundError, PluginError
+from vmf.machine import death
 from vmf.machine.home import Home
 
 DRIVER = """
@@ -125,6 +126,9 @@ def test_a_second_signal_ends_it_at_once(home: Home) -> None:
         process.said("notice", "Ended at once.")
         assert process.child.wait(60) == 128 + signal.SIGINT
     assert home.resting_state("vm") == "aborted"
+    left = home.sight("vm").left
+    assert left is not None
+    assert death.explain(left, home.paths("vm").vmm_log) == "it was ended at once by a second SIGINT"
 
 
 def test_ignored_signals_stay_ignored(home: Home) -> None:

@@ -45,6 +45,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_REQUEST_S = 0.3
 """Signals that follow the first one so soon are no second request: a closing terminal sends SIGHUP twice, a supervisor
 SIGTERM beside the terminal's SIGINT."""
+FATE_S = 0.5
+"""How long a process that is to end at once tries to note that, so that nobody looks for another cause."""
 LINGER_S = 0.05
 """A machine that has left is taken apart so much later: it may run on this very host now, and need the processor."""
 
@@ -199,6 +201,12 @@ def _serve(
                 if time.monotonic() < same_request_until:
                     continue
                 watcher.notice("Ended at once.")
+                name = signal.Signals(received[0]).name
+                # Beside, as the file system may be what everything waits for.
+                noting = threading.Thread(target=tenure.note_fate, args=(f"it was ended at once by a second {name}",))
+                noting.daemon = True
+                noting.start()
+                noting.join(FATE_S)
                 os._exit(128 + received[0])
             same_request_until = time.monotonic() + SAME_REQUEST_S
             stopping.set()

@@ -46,6 +46,7 @@ class MachineLog:
         self._file: BinaryIO | None = None
         self._handler: logging.Handler | None = None
         self._level = _log.level
+        self._enabled = False
 
     def __enter__(self) -> Self:
         if self._is_stderr():
@@ -66,7 +67,9 @@ class MachineLog:
             self._handler.setFormatter(logging.Formatter(FORMAT))
             _log.addHandler(self._handler)
             _log.setLevel(logging.INFO)
-        faulthandler.enable(self._file)
+        if not faulthandler.is_enabled():  # else an embedding program has its own idea
+            faulthandler.enable(self._file)
+            self._enabled = True
         return self
 
     def __exit__(
@@ -74,7 +77,8 @@ class MachineLog:
     ) -> None:
         if self._file is None:
             return
-        faulthandler.disable()
+        if self._enabled:
+            faulthandler.disable()
         if self._handler is not None:
             _log.removeHandler(self._handler)
             _log.setLevel(self._level)

@@ -18,6 +18,8 @@ def explain(holder: Holder, vmm_log: Path) -> str:
     """One clause for people, of the process that had a machine's lock and did not give it back."""
     if not holder.same_host:
         return f"its process ended on host {printable(holder.host)}"
+    if holder.fate:
+        return printable(holder.fate)
     if holder.boot_id and not holder.same_boot:
         return "the host was restarted, or lost its power, while it ran"
     if crash := _crash(vmm_log):

@@ -77,6 +77,7 @@ class Holder:
         runtime: the directory with its sockets, "" when it has none.
         since_ns: when it began, by the clock of the directory's file system.
         uuid: of the machine.
+        fate: why it ended without giving the lock back, where it could still say so.
     """
 
     doing: str = RUN
@@ -89,6 +90,7 @@ class Holder:
     runtime: str = ""
     since_ns: int = 0
     uuid: str = ""
+    fate: str = ""
 
     @classmethod
     def this_process(cls, doing: str, **details: Any) -> Holder:

@@ -92,6 +92,11 @@ class Tenure:
         """Make the lock's file again if somebody has deleted it; False when another host has the machine now."""
         return self._lock.renew(self._holder)
 
+    def note_fate(self, fate: str) -> None:
+        """Why this process is about to end without giving its lock back, for people; best effort."""
+        with suppress(OSError):
+            self._lock.write(attrs.evolve(self._holder, fate=fate))
+
     def close(self) -> None:
         """Give the directory of the sockets back; idempotent."""
         room, self._room = self._room, -1
