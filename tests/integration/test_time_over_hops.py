@@ -24,7 +24,7 @@ from vmf.cpu.backend import Vcpu
 from vmf.errors import BackendUnavailable, PluginError, StateError, TeleportError, TeleportUncertain
 from vmf.machine.config import CpuidConfig, MachineConfig
 from vmf.machine.guest_time import GuestTime, Instant
-from vmf.machine.machine import Machine, MachineState
+from vmf.machine.machine import Machine, MachineState, wait_until
 from vmf.machine.snapshot import SnapshotStore
 from vmf.teleport.progress import TeleportSummary
 from vmf.testing.faults import Fault, FaultProxy
@@ -400,3 +400,16 @@ def test_a_guest_started_paused_has_no_time(builtin: MachineConfig) -> None:
         khz = hardware.tsc_khz
         _, guest, tsc = hardware.thread.call(lambda: tightest(lambda: (hardware.clock.now(), hardware.vcpu.read_tsc())))
         assert abs(tsc * 1_000_000 // khz - (guest - first)) < BOUND_NS
+
+
+def test_time_continues_after_a_reset_by_the_guest(builtin: MachineConfig) -> None:
+    output = bytearray()
+    with Machine(builtin) as machine:
+        machine.console.add_listener(output.extend)
+        machine.start()
+        assert wait_until(lambda: b"tick 2" in output, 60)
+        for _ in range(3):
+            output.clear()
+            machine.hardware.thread.post(machine._guest_reset)  # as by a port, between two slices
+            assert wait_until(lambda: b"tick 2" in output, 60)
+        assert machine.state is MachineState.RUNNING

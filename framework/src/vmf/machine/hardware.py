@@ -316,9 +316,8 @@ class Hardware:
 
         def run() -> None:
             self.held = False
-            if not self.thread.running:
-                self.time.start(self.vcpu)
-                self.thread.set_running(True)
+            self.time.start(self.vcpu)  # also where a reset between two slices has stopped nothing but time
+            self.thread.set_running(True)
 
         self.thread.call(run)
 
