@@ -126,7 +126,7 @@ def test_a_lock_that_reaches_one_host(heir: Owner, held: bool, offered: bool) ->
     ("files", "identity"),
     [
         ({"/etc/machine-id": "0123456789abcdef" * 2}, "0123456789abcdef" * 2),
-        ({"/etc/machine-id": "uninitialized", "/var/lib/dbus/machine-id": "a" * 32}, "a" * 32),
+        ({"/etc/machine-id": "uninitialized", "/var/lib/dbus/machine-id": "a" * 32}, ""),
         ({"/etc/machine-id": "uninitialized"}, ""), ({"/etc/machine-id": "0" * 32}, ""),
         ({"/etc/machine-id": "x"}, ""), ({}, ""),
     ],

@@ -46,12 +46,13 @@ def this_owner(machine: str, uuid: str) -> Owner:
 
 
 def _host_id() -> str:
-    """The machine id (machine-id(5)); "" where there is none that could name a host."""
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
-        found = _first_line(path)
-        if re.fullmatch(r"[0-9a-f]{32}", found) and rules.is_identity(found):
-            return found
-    return ""
+    """The machine id (machine-id(5)); "" where there is none that could name a host.
+
+    D-Bus's own (/var/lib/dbus/machine-id) is not asked instead: where a template's machine id was taken out, so that
+    each host makes its own, that one is often left over.
+    """
+    found = _first_line("/etc/machine-id")
+    return found if re.fullmatch(r"[0-9a-f]{32}", found) and rules.is_identity(found) else ""
 
 
 def _first_line(path: str) -> str:
@@ -87,6 +88,11 @@ class Lease:
         self._checking = threading.Lock()
 
     @property
+    def _image(self) -> str:
+        """For people: the image whose lease this is, or, where it is kept elsewhere, the lease."""
+        return self.store.place.removesuffix(".vmf-lease")
+
+    @property
     def held(self) -> bool:
         return self.generation > 0
 
@@ -96,7 +102,11 @@ class Lease:
         try:
             record = self._read()
             reach = {"excludes": self.store.excludes, "excludes_here": self.store.excludes_here}
-            self._hold(rules.claim(record, self._me, **reach, since=int(time.time())))
+            try:
+                claimed = rules.claim(record, self._me, **reach, since=int(time.time()))
+            except ImageInUse as error:
+                raise ImageInUse(f"{self._image} is not free: {error.message}", error.remedy) from None
+            self._hold(claimed)
             if not self.store.excludes:
                 # Another machine may have read the same record before we wrote ours; it has written by now.
                 time.sleep(CHECK_EVERY_S)
@@ -194,7 +204,7 @@ class Lease:
             return
         record = read_record(self.store)
         raise ImageInUse(
-            f"{self.store.place.removesuffix('.vmf-lease')} is in use: {rules.describe(record)}.",
+            f"{self._image} is in use: {rules.describe(record)}.",
             "Stop that machine, or teleport it here.",
         )
 
