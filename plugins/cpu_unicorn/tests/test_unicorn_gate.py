@@ -11,7 +11,7 @@ import pytest
 
 from vmf.cpu.backend import ExitReason
 from vmf.cpu.state import MSR_STAR, DescriptorTable, PendingEvents
-from vmf.errors import StateError
+from vmf.errors import PluginError, StateError
 from vmf_cpu_unicorn.selftest_guest import (
     CODE,
     KERNEL_CS,
@@ -291,16 +291,14 @@ def test_mmio(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("where", ["read", "write"])
-def test_exception_of_a_device_ends_the_slice_with_an_error(bench: Bench, where: str) -> None:
+def test_exception_of_a_device_is_raised(bench: Bench, where: str) -> None:
     def fail(*_: object) -> int:
         raise RuntimeError("broken device")
 
     setattr(bench.port, where, fail)
     bench.load(code("90 e480 e680 ebf9"), bench.state())
-    result = bench.vcpu.run(time.monotonic_ns() + 1_000_000_000)
-    assert result.reason is ExitReason.ERROR
-    assert "broken device" in result.detail
-    assert "RuntimeError" in result.detail
+    with pytest.raises(PluginError, match="RuntimeError: broken device"):
+        bench.vcpu.run(time.monotonic_ns() + 1_000_000_000)
 
 
 @pytest.mark.parametrize("where", ["pending", "acknowledge"])
@@ -314,9 +312,8 @@ def test_exception_of_the_interrupt_controller(
     bench = make_bench()
     bench.interrupts.queue = [0x50]
     bench.load(code("90 fb 90 ebfe"), bench.state())
-    result = bench.vcpu.run(time.monotonic_ns() + 1_000_000_000)
-    assert result.reason is ExitReason.ERROR
-    assert "broken controller" in result.detail
+    with pytest.raises(RuntimeError, match="broken controller"):
+        bench.vcpu.run(time.monotonic_ns() + 1_000_000_000)
 
 
 def test_keyboard_interrupt_in_a_device_is_raised(bench: Bench) -> None:

@@ -111,7 +111,8 @@ class Vcpu(ABC):
 
         Before entering and after every port or MMIO access the backend asks `interrupts.pending()` and, as soon as
         the guest can take it (IF set, no shadow), acknowledges and delivers it. It returns HALTED only when no
-        interrupt is pending-and-deliverable; the core then sleeps and calls `run` again.
+        interrupt is pending-and-deliverable; the core then sleeps and calls `run` again. What bus or controller raise
+        passes through to the core, which knows whose it is.
 
         Args:
             deadline_ns: `time.monotonic_ns()` value by which to return KICKED (a little late is fine; early is not

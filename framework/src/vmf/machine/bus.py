@@ -21,6 +21,8 @@ from vmf.plugins.containment import Culprit, explain, interrupted
 PORTS = 0x1_0000
 ADDRESSES = 1 << 52
 """Guest-physical addresses end here, whatever the backend (Intel SDM vol. 3A, 4.1.4: at most 52 bits)."""
+_OWN = Culprit("device")
+"""Of claims that no plugin made: a program's own device on a bus of its own."""
 _ONES = tuple((1 << 8 * size) - 1 for size in range(9))
 
 
@@ -44,7 +46,7 @@ class Range:
     culprit: Culprit
 
     def __str__(self) -> str:
-        return f"{self.owner} of the {self.culprit.plugin}" if self.culprit.plugin else self.owner
+        return self.owner if self.culprit is _OWN else f"{self.owner} of the {self.culprit.plugin}"
 
     def to_blame(self) -> Culprit:
         return evolve(self.culprit, part=f"{self.owner} at {self.base:#x}")
@@ -62,7 +64,7 @@ class Bus:
         self._mmio: list[Range] = []
         self._mmio_bases: list[int] = []
         self._ram = tuple(ram)
-        self._culprit = Culprit("")
+        self._culprit = _OWN
 
     def of_plugin(self, culprit: Culprit) -> Bus:
         """The same bus, for one plugin: what it claims stands under its name."""
@@ -208,7 +210,7 @@ class Bus:
         try:
             return operator.index(value) & _ONES[size]
         except TypeError:
-            culprit = claimed.to_blame() if claimed is not None else Culprit("")
+            culprit = claimed.to_blame() if claimed is not None else _OWN
             raise culprit.wrong("io_read", value, "a whole number") from None
 
 

@@ -430,7 +430,7 @@ class Hardware:
                 try:
                     reason, remedy = device.migration_blocker(), "Detach it, or wait until it can move."
                 except VmfError as error:
-                    reason, remedy = error.message, error.remedy
+                    reason, remedy = error.message.rstrip("."), error.remedy
                 if reason:
                     found.append((device.kind, reason, remedy))
             return found

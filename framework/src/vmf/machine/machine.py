@@ -395,7 +395,7 @@ class Machine:
         if self.handed_over:
             log.error("machine %s, after it was handed over: %s", self.name, why)
             return
-        log.error("machine %s failed: %s", self.name, why)
+        log.info("machine %s failed: %s", self.name, why)  # its process says so, too
         self.failure = why
         self._crashed = True
         self._teleporter.request_cancel(f"machine {self.name} failed: {why.rstrip('.')}")

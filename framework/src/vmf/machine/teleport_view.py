@@ -162,7 +162,7 @@ class TeleportView:
         ]
         if role == "source":
             for what, refused in hardware.rehearse_save():
-                found.append(Blocker(f"state of {what}", *here(refused.message), refused.remedy))
+                found.append(Blocker(f"state of {what}", *here(refused.message.rstrip(".")), refused.remedy))
             found += machine.storage.local_blockers()
             if (refusal := hardware.state_refusal()) is not None:
                 why = refusal.message.removeprefix("vCPU state: ").rstrip(".")

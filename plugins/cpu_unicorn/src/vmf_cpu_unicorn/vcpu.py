@@ -176,9 +176,7 @@ class UnicornVcpu(Vcpu):
         if error is None:
             text = self._engine.library.strerror(code)
             return VmExit(ExitReason.ERROR, f"the Unicorn engine stopped at RIP {self._rip():#x}: {text}")
-        if not isinstance(error, Exception):
-            raise error  # KeyboardInterrupt and its like are not the guest's business
-        return VmExit(ExitReason.ERROR, f"a device failed: {type(error).__name__}: {error}")
+        raise error  # of a device: the machine knows whose it is
 
     def _deliver_payload(self, vector: int, payload: int) -> None:
         """What the delivery of an exception does to the registers (SDM vol. 3A 6.15, 18.2.3): CR2 for a page fault; DR6
