@@ -201,7 +201,7 @@ def client(home: Home, server: ControlServer) -> Iterator[ControlClient]:
 @pytest.fixture
 def console(home: Home, machine: FakeMachine) -> Iterator[ConsoleServer]:
     with home.own("vm") as paths:
-        made = ConsoleServer(machine.console_write, paths.console_socket, paths.console_live_socket, paths.console_log)
+        made = ConsoleServer(machine.console_write, paths)
         machine.add_console_listener(made.output)
         made.start()
         yield made

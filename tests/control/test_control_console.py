@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import pty
-import select
 import socket
-import subprocess
-import sys
-import termios
 import threading
 import time
 from pathlib import Path
@@ -18,8 +13,8 @@ from typing import Any
 import pytest
 
 from vmf.control import sockets
-from vmf.control.attach import AttachEnd, attach, connect
-from vmf.control.console import CLIENT_BACKLOG, SCROLLBACK, ConsoleServer
+from vmf.control.console import CLIENT_BACKLOG, MAX_CLIENTS, SCROLLBACK, ConsoleServer
+from vmf.control.reach import CONSOLE, CONSOLE_LIVE, reach
 from vmf.errors import InvalidStateError
 from vmf.machine.home import Home
 
@@ -45,7 +40,7 @@ def settled(home: Home, text: bytes) -> None:
 def test_replay_and_live(home: Home, console: ConsoleServer, machine: Any) -> None:
     machine.print(b"early")
     settled(home, b"early")
-    with connect(home, "vm") as replayed, connect(home, "vm", scrollback=False) as live:
+    with reach(home, "vm", CONSOLE) as replayed, reach(home, "vm", CONSOLE_LIVE) as live:
         assert read_until(replayed, b"early") == b"early"
         machine.print(b" late")
         assert read_until(replayed, b"late") == b" late"
@@ -59,7 +54,7 @@ def test_scrollback_is_the_last_64_kib(home: Home, console: ConsoleServer, machi
     for at in range(0, len(text), 1000):
         machine.print(text[at : at + 1000])
     settled(home, text[-8:])
-    with connect(home, "vm") as client:
+    with reach(home, "vm", CONSOLE) as client:
         assert read_until(client, text[-8:]) == text[-SCROLLBACK:]
     assert home.paths("vm").console_log.read_bytes() == text
 
@@ -78,7 +73,7 @@ def test_attaching_in_the_middle_loses_and_doubles_nothing(home: Home, console: 
     talker.start()
     try:
         for _ in range(10):
-            with connect(home, "vm") as client:
+            with reach(home, "vm", CONSOLE) as client:
                 client.settimeout(10)
                 seen = b""
                 while seen.count(b"\n") < 300:
@@ -91,7 +86,7 @@ def test_attaching_in_the_middle_loses_and_doubles_nothing(home: Home, console: 
 
 
 def test_lazy_client_loses_its_oldest_output_and_is_told(home: Home, console: ConsoleServer, machine: Any) -> None:
-    with connect(home, "vm") as lazy:
+    with reach(home, "vm", CONSOLE) as lazy:
         time.sleep(0.1)
         began = time.monotonic()
         for number in range(8 * CLIENT_BACKLOG // 65536):
@@ -107,7 +102,7 @@ def test_lazy_client_loses_its_oldest_output_and_is_told(home: Home, console: Co
 
 def test_input_waits_until_the_machine_has_room(home: Home, console: ConsoleServer, machine: Any) -> None:
     machine.room = 5
-    with connect(home, "vm") as client:
+    with reach(home, "vm", CONSOLE) as client:
         client.sendall(b"hello, world")
         assert read_until(client, b"hello") == b"hello"
         time.sleep(0.2)
@@ -120,7 +115,7 @@ def test_what_was_typed_by_someone_who_left_at_once_arrives(home: Home, console:
     machine.print(b"x" * 300_000 + b"end")
     settled(home, b"end")
     machine.room = 3
-    with connect(home, "vm") as brief:
+    with reach(home, "vm", CONSOLE) as brief:
         brief.sendall(b"abcdef")
     time.sleep(0.2)
     machine.print(b"to nobody")  # which shows that nobody is there
@@ -142,7 +137,7 @@ def test_full_disk_does_not_stop_the_guest(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(descriptor, data)
 
-    with connect(home, "vm") as client:
+    with reach(home, "vm", CONSOLE) as client:
         with monkeypatch.context() as patched:
             patched.setattr(os, "write", write)
             machine.print(b"unlogged")
@@ -154,9 +149,7 @@ def test_full_disk_does_not_stop_the_guest(
 def test_previous_log_is_kept(home: Home, machine: Any) -> None:
     for text in (b"first", b"second"):
         with home.own("vm") as paths:
-            console = ConsoleServer(
-                machine.console_write, paths.console_socket, paths.console_live_socket, paths.console_log
-            )
+            console = ConsoleServer(machine.console_write, paths)
             console.start()
             console.output(text)
             console.close()
@@ -167,69 +160,7 @@ def test_previous_log_is_kept(home: Home, machine: Any) -> None:
 
 def test_not_running(home: Home) -> None:
     with pytest.raises(InvalidStateError, match="not running"):
-        connect(home, "vm")
-
-
-def test_pipes_detach_after_silence(home: Home, console: ConsoleServer, machine: Any, tmp_path: Path) -> None:
-    machine.print(b"prompt> ")
-    settled(home, b"> ")
-    source, out = tmp_path / "in", tmp_path / "out"
-    source.write_bytes(b"ctrl-] \x1d is data in a pipe")
-    with source.open("rb") as stdin, out.open("wb") as stdout:
-        began = time.monotonic()
-        assert attach(connect(home, "vm"), stdin.fileno(), stdout.fileno(), linger=0.3) is AttachEnd.DETACHED
-        assert time.monotonic() - began < 5
-    assert out.read_bytes() == b"prompt> ctrl-] \x1d is data in a pipe"
-
-
-def test_end_of_the_machine_ends_attaching(home: Home, console: ConsoleServer, machine: Any, tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    connection = connect(home, "vm")
-    threading.Timer(0.2, console.close).start()
-    with (tmp_path / "out").open("wb") as stdout:
-        assert attach(connection, reader, stdout.fileno()) is AttachEnd.ENDED
-    os.close(reader)
-    os.close(writer)
-
-
-@pytest.mark.parametrize("how", ["key", "signal"])
-def test_terminal_is_raw_while_attached_and_restored(
-    home: Home, console: ConsoleServer, machine: Any, how: str
-) -> None:
-    master, slave = pty.openpty()
-    before = termios.tcgetattr(slave)
-    program = (
-        "import sys; from pathlib import Path; from vmf.control.attach import attach, connect\n"
-        "from vmf.machine.home import Home\n"
-        "home = Home(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-        "print(attach(connect(home, 'vm'), 0, 1).value, file=sys.stderr)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(home.data), str(home.runtime)],
-        stdin=slave,
-        stdout=slave,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    machine.print(b"ready")
-    seen = b""
-    while b"ready" not in seen:
-        assert select.select([master], [], [], 20)[0]
-        seen += os.read(master, 100)
-    assert not termios.tcgetattr(slave)[3] & termios.ICANON
-    if how == "key":
-        os.write(master, b"\x03abc\x1d")  # Ctrl-C is the guest's
-        _, errors = child.communicate(timeout=20)
-        assert child.returncode == 0
-        assert errors == "detached\n"
-        settled(home, b"\x03abc")
-    else:
-        child.terminate()
-        child.communicate(timeout=20)
-        assert child.returncode == 128 + 15
-    assert termios.tcgetattr(slave) == before
-    os.close(master)
-    os.close(slave)
+        reach(home, "vm", CONSOLE)
 
 
 def test_stale_socket_is_replaced(tmp_path: Path) -> None:
@@ -239,3 +170,34 @@ def test_stale_socket_is_replaced(tmp_path: Path) -> None:
     second = sockets.listen(path)
     sockets.connect(path).close()
     second.close()
+
+
+def test_one_console_too_many_is_told_why(home: Home, console: ConsoleServer) -> None:
+    held = [reach(home, "vm", CONSOLE_LIVE) for _ in range(MAX_CLIENTS)]
+    try:
+        with reach(home, "vm", CONSOLE_LIVE) as refused:
+            refused.settimeout(20)
+            assert b"32 consoles are attached to this machine already. Detach one of them." in refused.recv(4096)
+            assert refused.recv(4096) == b""
+    finally:
+        for each in held:
+            each.close()
+    deadline = time.monotonic() + 60
+    while True:  # their places are free again
+        with reach(home, "vm", CONSOLE_LIVE) as again:
+            again.settimeout(0.2)
+            try:
+                assert b"consoles are attached" in again.recv(4096)
+            except TimeoutError:
+                break
+        assert time.monotonic() < deadline
+
+
+def test_old_output_asks_the_terminal_nothing(home: Home, console: ConsoleServer, machine: Any) -> None:
+    queries = b"\x1b[6n\x1b[c\x1b]11;?\x07\x1bP$qm\x1b\\"
+    machine.print(b"a" + queries + b"\x1b[1mb\x1b[0m")
+    settled(home, b"\x1b[0m")
+    with reach(home, "vm", CONSOLE) as client:
+        assert read_until(client, b"\x1b[0m") == b"a\x1b[1mb\x1b[0m"
+        machine.print(queries)
+        assert read_until(client, queries) == queries, "what the guest asks now is passed on"

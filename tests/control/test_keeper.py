@@ -22,12 +22,7 @@ class Served:
         paths = tenure.paths
         self.lost: list[str] = []
         self.control = ControlServer(machine, paths.control_socket)  # type: ignore[arg-type]
-        self.console = ConsoleServer(
-            machine.console_write,  # type: ignore[attr-defined]
-            paths.console_socket,
-            paths.console_live_socket,
-            paths.console_log,
-        )
+        self.console = ConsoleServer(machine.console_write, paths)  # type: ignore[attr-defined]
         self.control.start()
         self.console.start()
         self.keeper = Keeper(tenure, self.control, self.console, lambda: self.lost.append("lost"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,8 +17,10 @@ import attrs
 import pytest
 
 from vmf.control.client import ControlClient
-from vmf.control.process import SAME_REQUEST_S, spawn_detached
-from vmf.errors import ImageError, InvalidStateError, MachineError, NotFoundError, PluginError
+from vmf.control.process import spawn_detached
+from vmf.control.reach import CONSOLE_LIVE, reach
+from vmf.control.signals import SAME_REQUEST_S
+from vmf.errors import ControlError, ImageError, InvalidStateError, MachineError, NotFoundError, PluginError
 from vmf.machine import death
 from vmf.machine.home import Home
 
@@ -129,6 +133,41 @@ def test_a_second_signal_ends_it_at_once(home: Home) -> None:
     left = home.sight("vm").left
     assert left is not None
     assert death.explain(left, home.paths("vm").vmm_log) == "it was ended at once by a second SIGINT"
+
+
+def test_consoles_leave_descriptors_for_control(home: Home) -> None:
+    limit = 40
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+    with Process(home, preexec_fn=lower) as process, contextlib.ExitStack() as stack:
+        process.said("running", "running")
+        consoles = [stack.enter_context(reach(home, "vm", CONSOLE_LIVE)) for _ in range(limit)]
+        consoles[-1].settimeout(60)
+        assert f"file descriptors left for another connection (its limit is {limit})".encode() in consoles[-1].recv(
+            4096
+        )
+        with ControlClient.of(home, "vm") as client:
+            client.pause()
+            assert client.info()["state"] == "paused"
+        # Control, too, says so at the end, and works again afterwards.
+        with contextlib.ExitStack() as clients:
+
+            def connect_many() -> None:
+                for _ in range(limit):
+                    assert clients.enter_context(ControlClient.of(home, "vm")).info()["state"] == "paused"
+
+            with pytest.raises(ControlError, match="too few file descriptors left"):
+                connect_many()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with ControlClient.of(home, "vm") as client:
+                    client.resume()
+                break
+            except ControlError:
+                assert time.monotonic() < deadline
 
 
 def test_ignored_signals_stay_ignored(home: Home) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -13,8 +16,29 @@ import click
 from vmf.cli.app import json_option
 from vmf.cli.common import home, machine_argument, say
 from vmf.cli.password import password_from
+from vmf.control import terminal
 from vmf.control.process import Observer, run_machine_process, spawn_detached
+from vmf.errors import ControlError
 from vmf.machine.home import Home
+
+
+def _detach_key(_context: click.Context, _parameter: click.Parameter, value: str) -> bytes:
+    from vmf.control.attach import parse_detach_key
+
+    try:
+        return parse_detach_key(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
+_escape_option = click.option(
+    "--escape",
+    default="^]",
+    show_default=True,
+    metavar="KEY",
+    callback=_detach_key,
+    help="Key that detaches from the console: ^ and a letter or one of @[\\]^_, or a single character.",
+)
 
 
 @click.command()
@@ -31,9 +55,16 @@ from vmf.machine.home import Home
     metavar="FILE|stdin",
     help="File with the password of the teleport peers that are asked before the machine boots.",
 )
+@_escape_option
 @json_option
 def startvm(
-    name: str, detach: bool, with_console: bool, insecure: bool, peer_password_file: str | None, as_json: bool
+    name: str,
+    detach: bool,
+    with_console: bool,
+    insecure: bool,
+    peer_password_file: str | None,
+    escape: bytes,
+    as_json: bool,
 ) -> None:
     """Start machine NAME.
 
@@ -61,11 +92,14 @@ def startvm(
         else:
             say(f"Machine '{name}' is running (process {ready['pid']}).")
         return
-    observer = _Foreground(home(), name, with_console, as_json)
-    try:
-        state = run_machine_process(home(), name, observer, insecure=insecure, peer_password=password)
-    finally:
-        observer.finish()
+    observer = _Foreground(home(), name, escape if with_console else None, as_json)
+    # SIGINT, SIGTERM and SIGHUP power the machine off.
+    guard = terminal.signals_restore([signal.SIGQUIT]) if with_console else contextlib.nullcontext()
+    with guard:
+        try:
+            state = run_machine_process(home(), name, observer, insecure=insecure, peer_password=password)
+        finally:
+            observer.finish()
     if as_json:
         say(json.dumps({"event": "ended", "state": state}))
     else:
@@ -83,40 +117,61 @@ def startvm(
     metavar="S",
     help="When piped input has ended, detach after S seconds without output.",
 )
-def console(name: str, no_scrollback: bool, linger: float) -> None:
+@_escape_option
+def console(name: str, no_scrollback: bool, linger: float, escape: bytes) -> None:
     """Attach to the serial console of machine NAME.
 
-    Ctrl-] detaches and leaves the machine running. Standard input may be a pipe.
+    Ctrl-], or the key of --escape, detaches and leaves the machine running. Standard input may be a pipe. Input that
+    the machine did not take (it was teleported away, it reads nothing) is counted and told; the exit status is then 1.
 
     \b
     Examples:
       vmf console web
+      vmf console web --escape ^T
       echo uname -a | vmf console web
     """
-    _attach(home(), name, scrollback=not no_scrollback, linger=linger)
+    with terminal.signals_restore() as wakeup:
+        _attach(home(), name, escape, scrollback=not no_scrollback, linger=linger, wakeup=wakeup)
 
 
-def _attach(where: Home, name: str, *, scrollback: bool, linger: float = 1.0) -> None:
-    from vmf.control.attach import AttachEnd, attach, connect
+def _attach(
+    where: Home, name: str, escape: bytes, *, scrollback: bool, linger: float = 1.0, wakeup: int | None = None
+) -> None:
+    from vmf.control.attach import AttachEnd, attach, connect, detach_key_name
 
+    stdin = None if sys.stdin is None else sys.stdin.fileno()
+    if sys.stdout is None:
+        raise click.UsageError("standard output is closed: there is nowhere to show the console.")
     connection = connect(where, name, scrollback=scrollback)
-    terminal = sys.stdin.isatty()
-    if terminal:
-        click.echo(f"Attached to machine '{name}'; Ctrl-] detaches.", err=True)
+    interactive = stdin is not None and os.isatty(stdin)
+    if interactive:
+        click.echo(f"Attached to machine '{name}'; {detach_key_name(escape)} detaches.", err=True)
     sys.stdout.flush()
-    end = attach(connection, sys.stdin.fileno(), sys.stdout.fileno(), linger=linger)
-    if terminal:
-        what = "Detached; the machine goes on." if end is AttachEnd.DETACHED else "The machine's console has ended."
-        click.echo(f"\n{what}", err=True)
+    attached = attach(connection, stdin, sys.stdout.fileno(), linger=linger, detach_key=escape, wakeup=wakeup)
+    if attached.end is AttachEnd.OUTPUT_CLOSED:
+        sys.exit(128 + signal.SIGPIPE)
+    why = "Detached; the machine goes on."
+    if attached.end is AttachEnd.ENDED:
+        why = {
+            "teleported": f"Machine '{name}' runs on another host now.",
+            "poweredoff": f"Machine '{name}' is powered off.",
+        }.get(attached.state, "The machine's console has ended.")
+    if interactive:
+        click.echo(f"\n{why}", err=True)
+    if attached.undelivered:
+        count = f"{attached.undelivered} byte{'s' if attached.undelivered != 1 else ''} typed"
+        what = f"{count} were not delivered" if attached.certain else f"Of {count} some may not have been delivered"
+        raise ControlError(f"{what}: {why[0].lower()}{why[1:]}", "Type them again where the machine runs.")
 
 
 class _Foreground(Observer):
     """Shows what a machine in this process does."""
 
-    def __init__(self, where: Home, name: str, with_console: bool, as_json: bool) -> None:
+    def __init__(self, where: Home, name: str, escape: bytes | None, as_json: bool) -> None:
+        """With `escape`, the key that detaches, it attaches the console."""
         self._home = where
         self._name = name
-        self._with_console = with_console
+        self._escape = escape
         self._as_json = as_json
         self._view: Any = None
         self._attached: threading.Thread | None = None
@@ -156,7 +211,7 @@ class _Foreground(Observer):
             backend = info.get("cpu_backend_used")
             on = f" on {backend}" if backend else ""
             say(f"Machine '{self._name}' is {state}{on}. Console: vmf console {self._name}   Ctrl-C powers it off.")
-        if self._with_console:
+        if self._escape is not None:
             self._attached = threading.Thread(target=self._console, name="vmf-attach", daemon=True)
             self._attached.start()
 
@@ -184,7 +239,10 @@ class _Foreground(Observer):
             self._attached.join(2)
 
     def _console(self) -> None:
+        assert self._escape is not None
         try:
-            _attach(self._home, self._name, scrollback=True)
+            _attach(self._home, self._name, self._escape, scrollback=True)
+        except SystemExit:
+            pass  # nobody reads standard output; that ends no machine
         except Exception as error:  # noqa: BLE001 - the machine goes on without it
-            click.echo(f"vmf: the console cannot be attached: {error}", err=True)
+            click.echo(f"vmf: the console has ended: {error}", err=True)

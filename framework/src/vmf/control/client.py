@@ -229,6 +229,8 @@ class ControlClient:
         self._socket.settimeout(timeout if self._patience is None else self._patience)
         try:
             self._socket.sendall(rpc.encode({"id": identifier, "method": method, "params": dict(params or {})}))
+        except BrokenPipeError:
+            pass  # refused already, perhaps: what was said about it can still be read
         except OSError as error:
             raise self._lost(error) from error
         while True:

@@ -22,17 +22,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import define, evolve
 
-from vmf.control import rpc
+from vmf.control import rpc, terminal
 from vmf.control.console import ConsoleServer
 from vmf.control.keeper import Keeper
 from vmf.control.seam import ControlledMachine, Plain, TakesSnapshots, WritesJournal
 from vmf.control.server import ControlServer
+from vmf.control.signals import SAME_REQUEST_S, SIGNALS, SignalPipe, end_at_once
 from vmf.control.vmm_log import MachineLog, rotate
 from vmf.errors import InvalidStateError, MachineError, OperationCancelled, TeleportCancelled, VmfError
 from vmf.machine.config import MachineConfig
@@ -41,10 +42,6 @@ from vmf.machine.home import Home, Tenure
 log = logging.getLogger("vmf.process")
 
 MachineFactory = Callable[[MachineConfig, Callable[[VmfError], None]], ControlledMachine]
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAME_REQUEST_S = 0.3
-"""Signals that follow the first one so soon are no second request: a closing terminal sends SIGHUP twice, a supervisor
-SIGTERM beside the terminal's SIGINT."""
 FATE_S = 0.5
 """How long a process that is to end at once tries to note that, so that nobody looks for another cause."""
 LINGER_S = 0.05
@@ -102,7 +99,11 @@ def run_machine_process(
     from vmf.machine.identity import strangers
     from vmf.machine.journal import FileJournal, clear_interrupted
 
-    with home.tenure(name) as tenure, MachineLog(tenure.paths.vmm_log, name) as vmm_log:
+    with (
+        home.tenure(name) as tenure,
+        MachineLog(tenure.paths.vmm_log, name) as vmm_log,
+        contextlib.ExitStack() as stack,
+    ):
         paths, config = tenure.paths, home.load(name)
         if insecure:
             config = evolve(config, teleporter=evolve(config.teleporter, insecure=True))
@@ -124,7 +125,7 @@ def run_machine_process(
                 machine.use_snapshots(SnapshotStore(name, paths.snapshots))
             machine.add_state_listener(lambda old, new: _note_state(machine, old, new, outcome))
             with contextlib.closing(machine):
-                _serve(machine, config, tenure, watcher, outcome, peer_password)
+                _serve(machine, config, tenure, watcher, outcome, peer_password, stack)
         except VmfError as error:
             outcome.error = error
         if outcome.error is not None:
@@ -171,28 +172,31 @@ def _serve(
     watcher: Observer,
     outcome: _Outcome,
     peer_password: str | None,
+    stack: contextlib.ExitStack,
 ) -> None:
+    """Until the machine has ended. Signals stay handled until `stack` ends: they may come twice in one instant."""
     paths = tenure.paths
-    console = ConsoleServer(machine.console_write, paths.console_socket, paths.console_live_socket, paths.console_log)
+    console = ConsoleServer(machine.console_write, paths)
     machine.add_console_listener(console.output)
     machine.add_state_listener(watcher.state_changed)
     control = ControlServer(machine, paths.control_socket)
     console.start()
     control.start()
     stopping = threading.Event()
-    with Keeper(tenure, control, console, lambda: _stand_still(machine)), _signal_pipe() as (reader, writer):
+    signals = stack.enter_context(SignalPipe())
+    with Keeper(tenure, control, console, lambda: _stand_still(machine)):
 
         def live() -> None:
             try:
                 outcome.state = _live(machine, config, watcher, stopping, peer_password)
             except BaseException as error:  # noqa: BLE001 - raised again on the main thread
                 outcome.error = error
-            os.write(writer, b"\0")
+            os.write(signals.writer, b"\0")
 
         life = threading.Thread(target=live, name="vmf-life", daemon=True)
         life.start()
         same_request_until = 0.0
-        while received := os.read(reader, 1):
+        while received := os.read(signals.reader, 1):
             if received == b"\0":
                 break
             if received[0] not in SIGNALS:
@@ -200,6 +204,7 @@ def _serve(
             if stopping.is_set():
                 if time.monotonic() < same_request_until:
                     continue
+                terminal.restore()  # before anything is said there
                 watcher.notice("Ended at once.")
                 name = signal.Signals(received[0]).name
                 # Beside, as the file system may be what everything waits for.
@@ -207,16 +212,17 @@ def _serve(
                 noting.daemon = True
                 noting.start()
                 noting.join(FATE_S)
-                os._exit(128 + received[0])
+                end_at_once(received[0])
             same_request_until = time.monotonic() + SAME_REQUEST_S
             stopping.set()
             watcher.notice(f"{signal.Signals(received[0]).name}: powering off (once more to end at once) ...")
             threading.Thread(target=_power_off, args=(machine, watcher), name="vmf-poweroff", daemon=True).start()
         life.join()
+        signals.wind_up()
     if outcome.state == "teleported":
         time.sleep(LINGER_S)
     control.close()
-    console.close()
+    console.close(outcome.state)
 
 
 def _note_state(machine: ControlledMachine, old: str, new: str, outcome: _Outcome) -> None:
@@ -275,34 +281,6 @@ def _power_off(machine: ControlledMachine, watcher: Observer) -> None:
         log.debug("Nothing to power off.", exc_info=True)
     except VmfError as error:
         log.warning("%s", error)
-
-
-@contextlib.contextmanager
-def _signal_pipe() -> Iterator[tuple[int, int]]:
-    """While inside, signals arrive in a pipe as their numbers, one byte each.
-
-    `signal.set_wakeup_fd` writes them where the signal arrives. A handler in Python would write them when the main
-    thread next runs Python code, and a second signal, which the kernel may give to another thread, does not wake it.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    before: dict[signal.Signals, Any] = {}
-    main = threading.current_thread() is threading.main_thread()
-    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False) if main else -1
-    try:
-        if main:
-            for number in SIGNALS:
-                if signal.getsignal(number) is signal.SIG_IGN:
-                    continue  # nohup, or a shell's background job: whoever started us wants it so
-                before[number] = signal.signal(number, lambda got, frame: None)
-        yield reader, writer
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if main:
-            signal.set_wakeup_fd(wakeup_before)
-        os.close(reader)
-        os.close(writer)
 
 
 # -- detached ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from vmf.errors import ControlError, InvalidStateError
 from vmf.machine.home import Home, MachinePaths
 from vmf.machine.lock import Holder, printable
 
-CONTROL, CONSOLE, CONSOLE_LIVE = 0, 1, 2
+CONTROL, CONSOLE, CONSOLE_LIVE, CONSOLE_CLIENT = 0, 1, 2, 3
 """Which of `MachinePaths.sockets`."""
 
 

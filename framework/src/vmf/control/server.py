@@ -98,7 +98,7 @@ class ControlServer:
         self._connections: set[_Connection] = set()
         self._closing = False
         self._teleporting = threading.Lock()
-        self._socket = sockets.listen(path)
+        self._acceptor = sockets.Acceptor(sockets.listen(path))
         self._made = path.stat()
         self._thread = threading.Thread(target=self._accept, name="vmf-control", daemon=True)
         machine.add_state_listener(lambda old, new: self.publish({"event": "state", "old": old, "new": new}))
@@ -114,10 +114,10 @@ class ControlServer:
     def move(self, runtime: Path) -> None:
         """Listen on a new socket there. Raises ControlError, and then the old one is as it was."""
         path = runtime / self.path.name
-        fresh = sockets.listen(path)
-        before, self._socket, self.path, self._made = self._socket, fresh, path, path.stat()
+        fresh = sockets.Acceptor(sockets.listen(path))
+        before, self._acceptor, self.path, self._made = self._acceptor, fresh, path, path.stat()
         with contextlib.suppress(OSError):
-            before.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
+            before.socket.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
         before.close()
 
     def publish(self, event: Mapping[str, Any]) -> None:
@@ -134,8 +134,8 @@ class ControlServer:
                 return
             self._closing = True
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+            self._acceptor.socket.shutdown(socket.SHUT_RDWR)
+        self._acceptor.close()
         self.path.unlink(missing_ok=True)
         with self._idle:
             self._idle.wait_for(lambda: self._in_flight == 0, DRAIN_SECONDS)
@@ -150,21 +150,34 @@ class ControlServer:
 
     def _accept(self) -> None:
         while True:
-            listener = self._socket
+            acceptor = self._acceptor
             try:
-                accepted, _ = listener.accept()
+                accepted, reason, remedy = acceptor.accept(sockets.CONTROL_RESERVED)
             except OSError as error:
                 if self._closing:
                     return
-                if listener is not self._socket:
+                if acceptor is not self._acceptor:
                     continue  # there is a new one
                 log.warning("The control socket cannot accept: %s.", error.strerror or error)
                 time.sleep(0.1)  # out of descriptors, say: it may pass
                 continue
             with self._lock:
-                full = self._closing or len(self._connections) >= MAX_CONNECTIONS
-            if full or not sockets.may_control(accepted):
+                full = len(self._connections) >= MAX_CONNECTIONS
+            if accepted is None:
+                continue
+            if self._closing or not sockets.may_control(accepted):
                 accepted.close()
+                continue
+            if full and not reason:
+                reason = f"Machine '{self.machine.name}' has {MAX_CONNECTIONS} control connections already."
+                remedy = "Try again when one of them has ended."
+            if reason:
+                refusal = {"id": None, "error": rpc.error_object(ControlError(reason, remedy))}
+                with contextlib.suppress(OSError):
+                    accepted.setblocking(False)
+                    accepted.send(rpc.encode(refusal))
+                accepted.close()
+                acceptor.refill()
                 continue
             connection = _Connection(self, accepted)
             with self._lock:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import socket
 import struct
 from pathlib import Path
 
 from vmf import unix_sockets as unix
 from vmf.errors import ControlError
+
+RESERVED = 12
+"""Descriptors that stay free for the machine's own work, when consoles attach: control, a teleport, a disk."""
+CONTROL_RESERVED = 4
+"""The same when control clients connect."""
 
 
 def listen(path: Path, backlog: int = 16) -> socket.socket:
@@ -65,3 +72,76 @@ def peer_uid(connection: socket.socket) -> int:
 def may_control(connection: socket.socket) -> bool:
     """Whether the peer is us or root; the directory's mode says the same, this holds when somebody changed it."""
     return peer_uid(connection) in (os.geteuid(), 0)
+
+
+class Acceptor:
+    """Accepts at a listening socket, also when the process has no descriptors left.
+
+    `accept` at the limit fails and leaves the connection in the queue, so that a loop would try it again and again and
+    the client wait for ever. One spare descriptor is kept to be closed then: the connection is accepted in its place,
+    told the reason and closed.
+    """
+
+    def __init__(self, listening: socket.socket) -> None:
+        self.socket = listening
+        self._spare = -1
+        self.refill()
+
+    def refill(self) -> None:
+        """Have a spare descriptor again, if there is one."""
+        if self._spare < 0:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def accept(self, reserved: int) -> tuple[socket.socket | None, str, str]:
+        """A connection and why it has to be refused, with the remedy ("" where it need not be).
+
+        The connection is None when there is none after all. The caller closes a refused one and calls `refill`. Raises
+        OSError when it cannot accept for another reason than descriptors.
+
+        Args:
+            reserved: so many descriptors have to stay free.
+        """
+        try:
+            connection, _ = self.socket.accept()
+        except BlockingIOError:
+            return None, "", ""
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or self._spare < 0:
+                raise
+            os.close(self._spare)
+            self._spare = -1
+            try:
+                connection, _ = self.socket.accept()
+            except BlockingIOError:
+                self.refill()
+                return None, "", ""
+            return connection, *_too_few()
+        if _free_descriptors() < reserved:
+            return connection, *_too_few()
+        return connection, "", ""
+
+    def close(self) -> None:
+        """Listen no more; idempotent."""
+        self.socket.close()
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+
+
+def _free_descriptors() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 20
+    try:
+        return limit - len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 0  # not even one for the look
+
+
+def _too_few() -> tuple[str, str]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f"The machine's process has too few file descriptors left for another connection (its limit is {limit}).",
+        "Detach a console, or start the machine with a higher limit (`ulimit -n`).",
+    )

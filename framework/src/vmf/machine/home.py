@@ -9,7 +9,7 @@ directory. Two homes are two hosts, as far as vmf is concerned.
     machines/NAME/last.json      how the last run ended
     machines/NAME/logs/          console.log (serial output) and vmm.log of the last runs
     unregistered/NAME.TIME.UUID  the directory of a machine that was unregistered: see `vmf.machine.shelf`
-    run/NAME/                    control.sock, console.sock, console-live.sock of the process that runs it
+    run/NAME/                    control.sock and the consoles' sockets of the process that runs it
 
 Who runs: a machine's process holds the lock in the machine's directory for its whole life, and says there where its
 sockets are. That lock is the only truth. What its writer did not clean up means that it died: the machine is "aborted".

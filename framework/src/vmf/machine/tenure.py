@@ -47,8 +47,12 @@ class MachinePaths:
         return self.runtime / "console-live.sock"
 
     @property
-    def sockets(self) -> tuple[Path, Path, Path]:
-        return self.control_socket, self.console_socket, self.console_live_socket
+    def console_client_socket(self) -> Path:
+        return self.runtime / "console-client.sock"
+
+    @property
+    def sockets(self) -> tuple[Path, ...]:
+        return self.control_socket, self.console_socket, self.console_live_socket, self.console_client_socket
 
     def at(self, runtime: Path) -> MachinePaths:
         """With the sockets in another directory."""
