@@ -122,3 +122,16 @@ def test_two_homes_with_one_runtime_directory(home: Home, machine: object, fake_
             there.close()
     with other.tenure("vm") as alone:
         assert alone.paths.runtime == home.runtime / "vm"
+
+
+@pytest.mark.parametrize("damage", ["deleted", "broken"])
+def test_a_running_machine_is_reached_whatever_became_of_its_definition(
+    home: Home, server: ControlServer, damage: str
+) -> None:
+    path = home.paths("vm").definition
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_text("broken = [")
+    with ControlClient.of(home, "vm") as client:
+        assert client.info()["state"] == "running"

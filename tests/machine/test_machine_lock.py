@@ -18,6 +18,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+from vmf.control.client import ControlClient
 from vmf.errors import InvalidStateError
 from vmf.machine import death, host
 from vmf.machine import lock as locks
@@ -267,6 +268,8 @@ def test_a_machine_of_a_host_that_cannot_be_seen_is_not_started(home: Home, shar
         with pytest.raises(InvalidStateError, match=r"on host alpha\?\[2J \(process 77\).*vmf unlockvm vm"):
             attempt()
         assert home.resting_state("vm") == "elsewhere", "an attempt changes nothing"
+    with pytest.raises(InvalidStateError, match="on host alpha"):
+        ControlClient.of(home, "vm")
     home.unlock("vm")
     assert home.resting_state("vm") == "aborted"
     assert "given up" in home.last_run("vm")["detail"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from vmf.control import sockets
 from vmf.errors import ControlError, InvalidStateError
 from vmf.machine.home import Home, MachinePaths
-from vmf.machine.lock import Holder, printable
+from vmf.machine.lock import Holder, printable, refusal_elsewhere
 
 CONTROL, CONSOLE, CONSOLE_LIVE, CONSOLE_CLIENT = 0, 1, 2, 3
 """Which of `MachinePaths.sockets`."""
@@ -25,9 +25,12 @@ def reach(home: Home, name: str, which: int, timeout: float | None = None) -> so
 
     Raises NotFoundError, InvalidStateError when the machine does not run, Unreachable.
     """
-    home.load(name)
-    holder = home.process(name)
+    seen = home.sight(name)
+    holder = seen.running
+    if seen.elsewhere is not None:
+        raise refusal_elsewhere(name, seen.elsewhere)
     if holder is None:
+        home.load(name)  # a machine that runs is reached whatever became of its definition
         state = home.resting_state(name)
         raise InvalidStateError(
             f"Machine '{name}' is not running (it is {state}).", f"Start it with `vmf startvm {name}`."
