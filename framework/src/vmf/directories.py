@@ -2,7 +2,7 @@
 
 The specification wants absolute paths and has others ignored, so a relative `XDG_RUNTIME_DIR` counts as unset. Without
 a usable `HOME` the user's passwd entry tells the home directory. A user id that has neither (a container started with
-a number, `env -i`) has no directories: whoever needs one gets a `ConfigError` that names the remedy, and never a
+a number, `env -i`) has no directories: a caller that needs one gets a `ConfigError` that names the remedy, never a
 directory called "~".
 """
 
@@ -55,7 +55,7 @@ def runtime_base() -> Path | None:
         ours = os.stat(base).st_uid == os.geteuid() and os.access(base, os.W_OK | os.X_OK)
     except OSError:
         ours = False
-    # Never a directory in /tmp: its name could be taken by somebody else first.
+    # Never a directory in /tmp: its name could be taken by another user first.
     return Path(base) if ours else None
 
 

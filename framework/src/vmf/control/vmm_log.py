@@ -86,7 +86,7 @@ class MachineLog:
         self._file.close()
 
     def tell(self, error: BaseException) -> None:
-        """What ended the machine; on stderr, where a detached one's log is, it is told by whoever reports it."""
+        """What ended the machine; on stderr, where a detached one's log is, its reporter tells it."""
         if self._handler is not None:
             _log.error("%s", error, exc_info=None if isinstance(error, VmfError) else error)
 

@@ -18,7 +18,7 @@ class HomeError(VmfError):
 
 
 def private_directory(path: Path) -> None:
-    """Make sure of a directory that only we can enter. Raises HomeError when it is somebody else's."""
+    """Make sure of a directory that only we can enter. Raises HomeError when it is another user's."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)

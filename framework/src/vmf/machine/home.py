@@ -312,7 +312,7 @@ class Home:
 
     @contextmanager
     def changing(self, name: str, doing: str, action: str = "", *, strict: bool = True) -> Iterator[MachinePaths]:
-        """Have the lock of a machine that does not run, so that nobody starts it while it is changed.
+        """Have the lock of a machine that does not run, so that it is not started while it is changed.
 
         `doing` is what others are told meanwhile, `action` what a running one "cannot be"; `strict` refuses a copy.
         Raises InvalidStateError.

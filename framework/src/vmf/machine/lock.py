@@ -1,7 +1,7 @@
 """The lock of one machine: who runs or changes it, told by what cannot vanish while that process lives.
 
-Theory of operation. A machine's directory, the one with `machine.toml`, is locked in two ways by whoever runs or
-changes the machine, for exactly as long:
+Theory of operation. A machine's directory, the one with `machine.toml`, is locked in two ways by the process
+that runs or changes the machine, for exactly as long:
 
 - the directory itself, by flock(2): it reaches every process on this host, in whatever namespace or container, and no
   deletion of a file in it undoes it. To be seen without being disturbed (a test of a flock is to take it), the holder
@@ -10,8 +10,8 @@ changes the machine, for exactly as long:
   so it reaches other hosts.
 
 The kernel frees both however the process ends. The file also says who it is: host, boot, process, and where its
-sockets are. Process ids are for messages only. Whoever ends in order empties the file, so a text in a file that
-nobody has locked tells that its writer died. If that one was on another host, and the directory is on a file system
+sockets are. Process ids are for messages only. A process that ends in order empties the file, so a text in a file
+that is not locked tells that its writer died. If that one was on another host, and the directory is on a file system
 that hosts share, the text may just as well mean that locks do not reach this far (NFS `nolock`, sshfs) or that the
 host is cut off: then a person has to decide (`vmf unlockvm`).
 
@@ -61,7 +61,7 @@ class NoLocks(Exception):
 
 
 class Held(Exception):
-    """Somebody else has the machine's lock."""
+    """Another process has the machine's lock."""
 
 
 @frozen
@@ -130,8 +130,8 @@ class Sight:
     """What can be seen of a machine's lock.
 
     Attributes:
-        locked: somebody has it.
-        holder: who has it, or who had it and did not end in order; None for nobody, or nobody known.
+        locked: a process has it.
+        holder: who has it, or who had it and did not end in order; None when there is none, or none known.
         shared: hosts share the directory's file system.
     """
 
@@ -160,7 +160,7 @@ class Sight:
 
 
 def look(directory: Path, runtime: Path) -> Sight:
-    """What the lock says; disturbs nobody. `runtime` is where a process of an earlier vmf would have its lock."""
+    """What the lock says; disturbs no other process. `runtime`: where one of an earlier vmf would have its lock."""
     end = time.monotonic() + _UNNAMED_S
     while True:
         seen = _look_at_both(directory, runtime)
@@ -362,7 +362,7 @@ def take(directory: Path, runtime: Path) -> MachineLock:
 
 
 def break_lock(directory: Path, runtime: Path) -> Holder | None:
-    """Take the lock from a process on another host; who had it, None for nobody. Raises Held by one of this host."""
+    """Take the lock from a process on another host; who had it, if any. Raises Held by one of this host."""
     try:
         lock = MachineLock(directory, runtime)
     except Held:
@@ -382,7 +382,7 @@ def break_lock(directory: Path, runtime: Path) -> Holder | None:
 
 
 def refusal(name: str, holder: Holder | None, action: str = "") -> InvalidStateError:
-    """Why a machine cannot be had: somebody else has its lock. `action`: "modified", say; "" for a start."""
+    """Why a machine cannot be started (or, by `action`, "modified", say): another process has its lock."""
     by = f" ({holder.where})" if holder is not None and holder.where else ""
     if holder is not None and holder.doing != RUN:
         return InvalidStateError(
@@ -396,7 +396,7 @@ def refusal(name: str, holder: Holder | None, action: str = "") -> InvalidStateE
 
 
 def refusal_elsewhere(name: str, holder: Holder) -> InvalidStateError:
-    """Why a machine cannot be had: another host may run it."""
+    """Why a machine cannot be started or changed: another host may run it."""
     return InvalidStateError(
         f"Machine '{name}' was started on host {printable(holder.host)} (process {holder.pid}) and has not ended there "
         "as far as can be seen here: that host may run it still.",

@@ -78,7 +78,7 @@ class Tenure:
             self._room = _locked_directory(usual)
             self.paths = self.paths.at(usual)
         except (HomeError, locks.Held):
-            self._room = _locked_directory(spare)  # nobody else's: the machine's own lock is ours
+            self._room = _locked_directory(spare)  # free: the machine's own lock is ours
             self.paths = self.paths.at(spare)
         try:
             self._holder = self._lock.write(attrs.evolve(self._holder, runtime=str(self.paths.runtime)))
@@ -93,7 +93,7 @@ class Tenure:
                     path.unlink(missing_ok=True)
 
     def renew(self) -> bool:
-        """Make the lock's file again if somebody has deleted it; False when another host has the machine now."""
+        """Make the lock's file again if it was deleted; False when another host has the machine now."""
         return self._lock.renew(self._holder)
 
     def note_fate(self, fate: str) -> None:
