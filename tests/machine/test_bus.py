@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from vmf.errors import ConfigError
 from vmf.machine.bus import Bus
+from vmf.plugins.containment import Culprit
+
+CULPRIT = Culprit("device plugin 'bad' (of culprit 1.0)", "culprit")
 
 
 class Recorder:
@@ -50,10 +56,58 @@ def test_overlaps_name_both_owners(base: int, size: int) -> None:
             claim("second", base, size, Recorder())
 
 
-@pytest.mark.parametrize(("base", "size"), [(-1, 1), (0xFFFF, 2), (0, 0)])
-def test_impossible_ports_are_refused(base: int, size: int) -> None:
-    with pytest.raises(ConfigError):
-        Bus().claim_ports("dev", base, size, Recorder())
+@pytest.mark.parametrize(
+    ("base", "size"),
+    [(-1, 1), (0xFFFF, 2), (0, 0), (1, -1), (0x10000, 1), (0.5, 1), (None, 1), (True, 1), (1 << 80, 1)],
+)
+def test_impossible_ports_are_refused(base: Any, size: Any) -> None:
+    bus = Bus().of_plugin(CULPRIT)
+    with pytest.raises(ConfigError, match=r"dev of the device plugin 'bad'.* impossible ports"):
+        bus.claim_ports("dev", base, size, Recorder())
+    assert bus.port_ranges == ()
+
+
+@pytest.mark.parametrize(
+    ("base", "size"), [(-1, 1), (1 << 52, 1), (0, 1 << 53), (0x1000, 0), (0x1000, -4), (1.0, 4), ("a", 4), (4, None)]
+)
+def test_impossible_addresses_are_refused(base: Any, size: Any) -> None:
+    bus = Bus().of_plugin(CULPRIT)
+    with pytest.raises(ConfigError, match=r"dev of the device plugin 'bad'.* impossible addresses"):
+        bus.claim_mmio("dev", base, size, Recorder())
+    assert bus.mmio_ranges == ()
+
+
+@pytest.mark.parametrize(
+    ("base", "size", "over_ram"),
+    [
+        (0, 0x1000, True),
+        (0x7F_F000, 0x2000, True),
+        (0x80_0000, 0x1000, False),
+        (0xFFFF_F000, 0x2000, True),
+        (0xE000_0000, 1 << 40, True),
+        (0x1_0040_0000, 0x1000, False),
+    ],
+)
+def test_no_device_is_put_over_ram(base: int, size: int, over_ram: bool) -> None:
+    bus = Bus([(0, 8 << 20), (1 << 32, 4 << 20)]).of_plugin(CULPRIT)
+    if not over_ram:
+        bus.claim_mmio("dev", base, size, Recorder())
+        return
+    with pytest.raises(ConfigError, match=r"dev of the device plugin 'bad' .* where the machine has RAM"):
+        bus.claim_mmio("dev", base, size, Recorder())
+    assert bus.mmio_read(base, 4) == 0xFFFF_FFFF
+
+
+def test_an_overlap_names_both_plugins() -> None:
+    bus = Bus()
+    bus.of_plugin(CULPRIT).claim_ports("one", 0x100, 4, Recorder())
+    with pytest.raises(ConfigError, match=r"two of the device plugin 'other'.* and one of the device plugin 'bad'"):
+        bus.of_plugin(Culprit("device plugin 'other' (of x 1)")).claim_ports("two", 0x102, 4, Recorder())
+
+
+def test_what_handles_no_accesses_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without io_write"):
+        Bus().claim_ports("dev", 0x80, 1, SimpleNamespace(io_read=lambda _o, _s: 0))  # type: ignore[arg-type]
 
 
 def test_ranges_can_be_given_up_and_claimed_elsewhere() -> None:

@@ -144,6 +144,23 @@ def test_backends_come_by_preference_and_auto_takes_the_first_usable(make_plugin
         registry.choose_cpu_backend("auto", lambda backend: "never")
 
 
+@pytest.mark.parametrize("does", ["raise OSError('no')", "raise SystemExit", "return None", "return {1}", "return -1"])
+def test_auto_passes_over_a_backend_that_cannot_tell_whether_it_works(make_plugin: Any, does: str) -> None:
+    broken = BACKEND.format(name="odd", preference=999, usable=True).replace(
+        "return Availability", f"{does}; Availability"
+    )
+    make_plugin("cpu", "odd", broken, distribution="culprit")
+    make_plugin("cpu", "fine", BACKEND.format(name="fine", preference=998, usable=True))
+    registry = PluginRegistry(on_problem=lambda problem: None)
+    chosen, refusals = registry.rank_cpu_backends()
+    assert chosen is not None
+    assert chosen.name == "fine"
+    assert [refusal.backend for refusal in refusals] == ["odd"]
+    assert "cpu plugin 'odd' (of culprit 1.0)" in refusals[0].reason
+    with pytest.raises(PluginError, match=r"cpu plugin 'odd' \(of culprit 1\.0\)"):
+        registry.choose_cpu_backend("odd")
+
+
 DEVICE = (
     HEAD
     + """

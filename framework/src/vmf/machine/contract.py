@@ -24,7 +24,7 @@ from vmf.cpuid.features import CpuidError, features_of
 from vmf.cpuid.levels import LEVELS, Level, level_of, parse_level
 from vmf.cpuid.negotiate import Capability, negotiate
 from vmf.cpuid.render import table_json
-from vmf.errors import AuthenticationError, BackendUnavailable, ContractOverridden, MachineError, StateError, VmfError
+from vmf.errors import AuthenticationError, ContractOverridden, MachineError, PluginError, StateError, VmfError
 from vmf.machine.config import AUTO_LEVEL, MachineConfig, split_peer
 from vmf.transport.base import Address
 
@@ -186,7 +186,7 @@ def settle(
         try:
             decision = decide(config, backend, registry, answers)
             plug(decision)
-        except (CpuidError, BackendUnavailable, StateError, ContractOverridden) as error:
+        except (CpuidError, PluginError, StateError, ContractOverridden) as error:
             errors.append(error)
             return f"{error.message} {error.remedy}".rstrip()
         made.append(decision)

@@ -197,7 +197,12 @@ class PluginRegistry:
         why each of those before it was passed over."""
         refusals: list[BackendRefusal] = []
         for backend in self.cpu_backends():
-            here = backend.availability()
+            try:
+                here = backend.availability()
+            except PluginError as error:
+                self.report(error)
+                refusals.append(BackendRefusal(backend.name, False, error.message, error.remedy))
+                continue
             reason = (accept(backend) if accept is not None else "") if here.usable else here.reason
             if not reason:
                 return backend, refusals
