@@ -21,6 +21,7 @@ import pytest
 from vmf.control.attach import Attached, AttachEnd, attach, connect, detach_key_name, parse_detach_key
 from vmf.control.console import MAX_CLIENTS, ConsoleServer
 from vmf.control.reach import CONSOLE_CLIENT, reach
+from vmf.control.signals import SAME_REQUEST_S
 from vmf.errors import ControlError, InvalidStateError
 from vmf.machine.config import MachineConfig
 from vmf.machine.home import Home
@@ -326,3 +327,50 @@ def test_detach_keys() -> None:
     for text in ("", "^5", "ab", "é", "\n"):
         with pytest.raises(ValueError, match="is no detach key"):
             parse_detach_key(text)
+
+
+# -- the machine's own process with its console
+
+
+@pytest.fixture
+def started(home: Home) -> Iterator[AtTerminal]:
+    """`vmf startvm --console` of a machine that is no real one, on a terminal."""
+    conftest = Path(__file__).with_name("conftest.py")
+    program = (
+        "import runpy, sys, vmf.control.process as process\n"
+        "FakeMachine = runpy.run_path(sys.argv.pop(1))['FakeMachine']\n"
+        "FakeMachine.power_off = lambda self: None\n"  # so that the second signal finds it
+        "process._real_machine = lambda config, report: FakeMachine(config.name)\n"
+        "from vmf.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, str(conftest), "startvm", "vm", "--console", "--escape", "^T"]
+    with AtTerminal(home, command=command) as at:
+        at.wait(b"Ctrl-T detaches")
+        at.until(raw=True)
+        yield at
+
+
+def test_two_signals_to_a_machine_with_its_console_restore_the_terminal(started: AtTerminal) -> None:
+    os.kill(started.pid, signal.SIGTERM)
+    started.wait(b"once more to end at once")
+    time.sleep(2 * SAME_REQUEST_S)
+    os.kill(started.pid, signal.SIGTERM)
+    assert started.status() == 128 + signal.SIGTERM
+    assert termios.tcgetattr(started.slave) == started.before
+
+
+def test_sigquit_to_a_machine_with_its_console_restores_the_terminal(started: AtTerminal) -> None:
+    os.kill(started.pid, signal.SIGQUIT)
+    assert started.status() == -signal.SIGQUIT
+    assert termios.tcgetattr(started.slave) == started.before
+
+
+def test_a_stopped_machine_with_its_console_gives_the_terminal_back(started: AtTerminal) -> None:
+    os.kill(started.pid, signal.SIGTSTP)
+    started.until(raw=False)
+    os.kill(started.pid, signal.SIGCONT)
+    started.until(raw=True)
+    started.type(b"typed\x14")
+    started.wait(b"Detached; the machine goes on.")
+    assert termios.tcgetattr(started.slave) == started.before
