@@ -144,6 +144,8 @@ class Slot:
         drive, lease = self.drive, self.lease
         if drive.given_up:
             flush = release = False
+            if lease is not None:
+                lease.store.abort()
         self.lease = None
         mark, self.mark = self.mark, None
         steps: list[Callable[[], None]] = []
