@@ -65,6 +65,7 @@ def showvminfo(name: str, as_json: bool) -> None:
         ("Process", "" if process is None else process.where.removeprefix("process ")),
         ("Failure", live.get("failure")),
         ("Problem", live.get("problem")),
+        ("Under way", _under_way(live.get("operation"))),
         ("Last run", last.get("detail") if state != "aborted" else ""),
         ("UUID", config.uuid),
         *(("Not its own", path) for path in strangers(paths.directory)),
@@ -173,6 +174,15 @@ def _contract(cpuid: Any) -> str:
 def _drive(drive: DriveConfig) -> str:
     access = "" if drive.writable or not drive.medium else ", read-only"
     return f"port {drive.port}, {drive.type}: {drive.medium or 'no medium'}{access}"
+
+
+def _under_way(operation: Any) -> str:
+    """A long operation in one line."""
+    if not isinstance(operation, dict):
+        return ""
+    done, total = operation.get("done") or 0, operation.get("total") or 0
+    part = f", {operation.get('step')} {100 * done // total} %" if total else ""
+    return f"{operation.get('what')}, for {operation.get('seconds')} s{part}"
 
 
 def _backend_in_use(live: dict[str, Any]) -> str:

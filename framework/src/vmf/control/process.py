@@ -179,6 +179,7 @@ def _serve(
     console = ConsoleServer(machine.console_write, paths)
     machine.add_console_listener(console.output)
     machine.add_state_listener(watcher.state_changed)
+    machine.add_state_listener(lambda old, new: _tell_problem(machine, watcher, new))
     control = ControlServer(machine, paths.control_socket)
     console.start()
     control.start()
@@ -271,6 +272,12 @@ def _live(
     if stopping.is_set():
         _power_off(machine, watcher)
     return machine.wait_finished()
+
+
+def _tell_problem(machine: ControlledMachine, watcher: Observer, state: str) -> None:
+    """Why a machine was paused that its user did not pause."""
+    if state == "paused" and (problem := machine.info().get("problem")):
+        watcher.notice(f"paused: {problem}")
 
 
 def _power_off(machine: ControlledMachine, watcher: Observer) -> None:

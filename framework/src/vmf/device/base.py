@@ -71,6 +71,8 @@ class DeviceEnvironment:
         guest_waits: whether the vCPU thread sleeps because the guest has nothing to do (HLT): what is posted now is
             welcome at once. Otherwise it costs the guest an interruption. From any thread; False where nobody knows.
         request_power_off, request_reset: ask the machine; callable on the vCPU thread.
+        request_pause: ask the machine to pause soon; `request_pause(reason)` with a sentence for people that says what
+            to do before the user resumes it. On the vCPU thread. See `Device.resumed`.
         serial_output: bytes the guest writes to its first serial port go here (any size, never blocks).
         options: the machine's settings for this device.
         drives: the machine's storage ports in their order; a device claims those that it serves.
@@ -87,6 +89,7 @@ class DeviceEnvironment:
     request_reset: Callable[[], None]
     serial_output: Callable[[bytes], None]
     memory_written: Callable[[int, int], None] = lambda _gpa, _size: None
+    request_pause: Callable[[str], None] = lambda _reason: None
     ranges_written: Callable[[Ranges], None] = field(default=Factory(_one_by_one, takes_self=True))
     guest_waits: Callable[[], bool] = lambda: False
     options: Mapping[str, Any] = field(factory=dict)
@@ -153,6 +156,9 @@ class Device(ABC):
         machine and its snapshot. Here None: the plugin's options, as the definition gives them, stand for it. Override
         it where a setting that is left out means the same as its default, or where the guest cannot see some."""
         return None
+
+    def resumed(self) -> None:  # noqa: B027 - most devices put nothing off
+        """The guest is about to run (again): what was put off until then can be tried once more."""
 
     def migration_blocker(self) -> str:
         """Why this device cannot teleport now, one line for people; "" when it can."""

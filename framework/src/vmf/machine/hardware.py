@@ -68,6 +68,7 @@ class Hardware:
         on_crash: Callable[[BaseException], None],
         request_power_off: Callable[[], None],
         request_reset: Callable[[], None],
+        request_pause: Callable[[str], None] = lambda _reason: None,
         options: Mapping[str, Any] | None = None,
         drives: Sequence[Drive] = (),
     ) -> None:
@@ -99,6 +100,7 @@ class Hardware:
             guest_waits=lambda: self.thread.asleep,
             request_power_off=request_power_off,
             request_reset=request_reset,
+            request_pause=request_pause,
             serial_output=console.output,
             memory_written=self._memory_written,
             ranges_written=self._ranges_written,
@@ -316,6 +318,9 @@ class Hardware:
 
         def run() -> None:
             self.held = False
+            if not self.thread.running:
+                for device in self.devices:
+                    device.resumed()
             self.time.start(self.vcpu)  # also where a reset between two slices has stopped nothing but time
             self.thread.set_running(True)
 

@@ -73,6 +73,8 @@ class Machine:
         self.summary: TeleportSummary | None = None
         self.backend_choice = ""
         """What `--cpu-backend auto` chose and why, for people; "" when the user chose."""
+        self.problem = ""
+        """Why the machine was paused without its user's asking, and what to do about it; "" otherwise."""
         self.continues_from = ""
         """The snapshot from whose memory it was started; "" when it booted or came by a teleport."""
         self.contract_origin: ContractOrigin | None = None
@@ -136,7 +138,7 @@ class Machine:
             "cpu_backend": self.config.cpu_backend,
             "failure": self.failure,
             "operation": None if (under_way := self.operation.under_way) is None else under_way.describe(),
-            "problem": "" if self._state is _S.FAILED else self.resets.problem(),
+            "problem": self.problem or ("" if self._state is _S.FAILED else self.resets.problem()),
             "resets": self.resets.info(),
         }
         if hardware is not None:
@@ -219,7 +221,7 @@ class Machine:
     def begin_run(self) -> None:
         """Another run: nothing of the one before counts any longer. For this room's modules."""
         self._powering_off = self._crashed = self.handed_over = False
-        self.failure = ""
+        self.failure = self.problem = ""
         self.resets = Resets(self.name)
 
     def _go_on_from_snapshot(self, operation: Operation) -> bool:
@@ -279,6 +281,7 @@ class Machine:
             on_crash=self._on_crash,
             request_power_off=self._guest_power_off,
             request_reset=self._guest_reset,
+            request_pause=self._pause_for,
             drives=self.storage.drives,
         )
         self.storage.require_claimed()
@@ -328,6 +331,7 @@ class Machine:
         with self.operation:
             if self._state is not _S.PAUSED:
                 raise self.illegal("resumed", "paused")
+            self.problem = ""
             self.hardware.run()
             self.set_state(_S.RUNNING)
 
@@ -416,6 +420,22 @@ class Machine:
             return
         hardware = self.hardware
         hardware.thread.post(lambda: self._restart(run=not hardware.held))
+
+    def _pause_for(self, why: str) -> None:
+        """A device cannot continue before its user has done something (made room on a disk, say)."""
+        if self.problem:
+            return
+        self.problem = why
+        log.warning("machine %s pauses: %s", self.name, why)
+        threading.Thread(target=self._pause_quietly, name=f"pause-{self.name}", daemon=True).start()
+
+    def _pause_quietly(self) -> None:
+        try:
+            self._teleporter.cancel(wait=True, reason=f"the machine has to pause: {self.problem.rstrip('.')}")
+            self.operation.wait_long()
+            self.pause()
+        except VmfError as error:
+            log.info("machine %s: %s", self.name, error)  # it is paused already, or has ended meanwhile
 
     def _guest_power_off(self) -> None:
         self._powering_off = True

@@ -143,6 +143,11 @@ class Operations:
             self._long = None
             operation.ended.set()
 
+    def wait_long(self) -> None:
+        """Until no long operation is under way."""
+        while (operation := self._long) is not None:
+            operation.ended.wait(LOCK_SECONDS)
+
     @property
     def under_way(self) -> Operation | None:
         """The long operation under way."""

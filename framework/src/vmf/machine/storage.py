@@ -343,7 +343,7 @@ class MachineStorage:
                 "device": slot.drive.claimed_by,
                 "attached": slot.drive.attached,
                 "lease_generation": slot.lease.generation if slot.lease is not None else 0,
-                "problem": str(slot.problem or ""),
+                "problem": str(slot.problem or slot.drive.problem),
             }
             for slot in self.slots
         ]

@@ -46,6 +46,7 @@ class Drive:
         can_discard: discarding gives space back.
         serial: identifies the drive to the guest, at most 20 ASCII characters, equal at both ends of a teleport.
         claimed_by: the device that serves it; "" when none does.
+        problem: what the device that serves it waits for, one sentence; "" for nothing.
         given_up: requests were given up (`abort`) that the storage did not answer: they may still reach it.
     """
 
@@ -69,6 +70,7 @@ class Drive:
         self.can_discard = can_discard
         self.serial = f"vmf-{type.value}-{port}"
         self.claimed_by = ""
+        self.problem = ""
         self.given_up = False
         self._image: StorageImage | None = None
         self._fence: Callable[[], None] | None = None

@@ -24,7 +24,7 @@ from typing import Any
 
 from vmf.device import fields
 from vmf.device.base import DeviceEnvironment
-from vmf.errors import StateError, VmfError
+from vmf.errors import StateError, StorageFull, VmfError
 from vmf.memory.scattered import total_bytes
 from vmf.storage import SECTOR_SIZE, Drive
 from vmf_device_virtio.iothreads import ABORT_SECONDS, END_SECONDS, IoThreads
@@ -141,6 +141,8 @@ class VirtioBlock(VirtioDevice):
         self._drive = drive
         self._sectors = drive.size // SECTOR_SIZE
         self._errors = 0
+        self._parked: list[_Request] = []
+        """Writes for which there was no room. The guest has not heard of them, and the machine pauses."""
         name = f"disk at port {drive.port}"
         self._threads: IoThreads[_Request] = IoThreads(name, THREADS, environment.post, self._finished)
         self._quick: IoThreads[_Request] = IoThreads(
@@ -294,10 +296,33 @@ class VirtioBlock(VirtioDevice):
                 self._cold = COLD_READS
                 self._threads.submit(request)
                 continue
+            if isinstance(request.error, StorageFull) and request.kind in (T_OUT, T_WRITE_ZEROES):
+                self._park(request, request.error)
+                continue
             if request.error is not None:
                 self._log(request.error)
             self._report(request)
         self.completed(queue)
+
+    def _park(self, request: _Request, error: StorageFull) -> None:
+        """Keep a write until there is room, as a disk that is only full is no broken disk."""
+        self._parked.append(request)
+        self._drive.problem = f"A write of the guest waits for room: {error.message}"
+        self._environment.request_pause(
+            f"a write of the guest to the drive at port {self._drive.port} waits for room: {error.message}"
+            " Make room there, then resume the machine."
+        )
+
+    def resumed(self) -> None:
+        """Write once more what there was no room for."""
+        parked, self._parked = self._parked, []
+        self._drive.problem = ""
+        for request in parked:
+            request.result, request.error = S_OK, None
+            self._threads.submit(request)
+
+    def migration_blocker(self) -> str:
+        return f"{len(self._parked)} writes wait for room where the image is kept" if self._parked else ""
 
     def _log(self, error: Exception) -> None:
         """For people: the first error, the second, the fourth, ... as a guest may try for ever."""
@@ -308,6 +333,11 @@ class VirtioBlock(VirtioDevice):
 
     # -- life
 
+    def _reset_device(self) -> None:
+        super()._reset_device()
+        self._parked = []  # its rings are gone: nobody waits for it
+        self._drive.problem = ""
+
     def quiesce(self) -> None:
         self.stop_work()
 
@@ -316,6 +346,11 @@ class VirtioBlock(VirtioDevice):
         self._threads.drain()
 
     def save_own(self) -> dict[str, Any]:
+        if self._parked:
+            raise StateError(
+                f"the drive at port {self._drive.port} has writes that wait for room where its image is kept.",
+                "Make room there, and resume the machine.",
+            )
         return {"sectors": self._sectors, "read_only": self._drive.read_only}
 
     def check_own(self, values: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 
-from vmf.errors import StorageError
+from vmf.errors import StorageError, StorageFull
 from vmf.memory.scattered import total_bytes
 from vmf.storage.base import StorageImage
 from vmf_storage_file import kernel
@@ -17,8 +17,8 @@ IOV_MAX = 1024
 ZEROES = bytes(1 << 20)
 
 _REASONS = {
-    errno.ENOSPC: ("the file system is full", "Free some space there; a guest sees write errors until then."),
-    errno.EDQUOT: ("the quota for it is used up", "Free some space there; a guest sees write errors until then."),
+    errno.ENOSPC: ("the file system is full", "Free some space there."),
+    errno.EDQUOT: ("the quota for it is used up", "Free some space there."),
     errno.EFBIG: ("it would become larger than its file system allows", "Keep it on another file system."),
     errno.EIO: ("its storage failed", "Look into the host's kernel log; was a lock at the file server lost?"),
     errno.ESTALE: ("it was removed or replaced at the file server", "Put it back, and start the machine anew."),
@@ -28,7 +28,8 @@ _REASONS = {
 
 def explain(path: str, action: str, error: OSError) -> StorageError:
     reason, remedy = _REASONS.get(error.errno or 0, (error.strerror or str(error), "Look at the host's storage."))
-    return StorageError(f"{path} cannot be {action}: {reason}.", remedy)
+    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(f"{path} cannot be {action}: {reason}.", remedy)
 
 
 class FileImage(StorageImage):

@@ -10,13 +10,14 @@ Data goes from the connection straight into the caller's buffers.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Sequence
 
 from attrs import define, field
 
-from vmf.errors import StorageError
+from vmf.errors import StorageError, StorageFull
 from vmf_storage_nbd import protocol as p
 from vmf_storage_nbd.handshake import Export
 from vmf_storage_nbd.stream import Stream
@@ -88,7 +89,8 @@ class Client:
         if mine.error:
             number = p.ERRORS.get(mine.error, 5)
             said = mine.text or os.strerror(number)
-            raise StorageError(
+            kind = StorageFull if number == errno.ENOSPC else StorageError
+            raise kind(
                 f"the NBD server {self.server} failed to {command.name.lower().replace('_', ' ')}: {said}.",
                 "Look at that server's storage.",
             )
