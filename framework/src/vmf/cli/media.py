@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vmf.plugins.bridge import PluginRegistry
     from vmf.storage.media import LeaseView
 
+T = TypeVar("T")
 NONE = "none"
 EMPTY = "emptydrive"
 DISK_DEVICE = "virtio"
@@ -171,12 +172,11 @@ def change_medium(name: str, port: int, medium: str) -> None:
 def _look(drive: DriveConfig) -> int:
     """The size of the medium. Raises when it cannot be used so."""
     from vmf.storage.formats import require_raw
-    from vmf.storage.media import locks_warning
-    from vmf.storage.uri import scheme_of
+    from vmf.storage.media import locks_warning, probe
 
     if not drive.medium:
         return 0
-    info = _registry().storage(scheme_of(drive.medium)).probe(drive.medium)
+    info = probe(_registry(), drive.medium)
     if drive.writable and not info.writable:
         raise StorageError(
             f"{drive.medium} cannot be written here: {info.why_read_only}.", "Change that, or attach it --read-only."
@@ -203,6 +203,15 @@ def _file_of(medium: str) -> str:
     from vmf.storage.uri import file_path, scheme_of
 
     return os.path.realpath(file_path(medium)) if scheme_of(medium) == "file" else medium
+
+
+def _all_at_once(look: Callable[[T], None], items: Sequence[T]) -> None:
+    """Look at many media: storage that does not answer delays none of the others."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if items:
+        with ThreadPoolExecutor(min(16, len(items)), "vmf-media") as pool:
+            list(pool.map(look, items))
 
 
 def _installed(name: str) -> bool:
@@ -277,18 +286,18 @@ def list_media(as_json: bool) -> None:
     Example:
       vmf media list --json
     """
-    from vmf.storage.media import inspect, uses
+    from vmf.storage.media import probe, uses
 
     registry = _registry()
-    rows = []
-    for row in uses(home()):
-        entry: dict[str, Any] = {**row, "size": None, "problem": ""}
-        if row["medium"]:
-            try:
-                entry["size"] = inspect(registry, row["medium"])[0].size
-            except VmfError as error:
-                entry["problem"] = error.message
-        rows.append(entry)
+    rows: list[dict[str, Any]] = [{**row, "size": None, "problem": ""} for row in uses(home())]
+
+    def look(entry: dict[str, Any]) -> None:
+        try:
+            entry["size"] = probe(registry, entry["medium"]).size
+        except VmfError as error:
+            entry["problem"] = error.message
+
+    _all_at_once(look, [entry for entry in rows if entry["medium"]])
     if as_json:
         say(json.dumps(rows, indent=2))
         return
@@ -326,12 +335,15 @@ def locks(named: tuple[str, ...], as_json: bool) -> None:
     wanted: Iterable[str] = named or dict.fromkeys(
         str(row["medium"]) for row in uses(home()) if row["medium"] and not row["read_only"]
     )
-    found: dict[str, LeaseView] = {}
-    for medium in wanted:
+    found: dict[str, LeaseView] = {absolute(medium): LeaseView("", "unknown") for medium in wanted}
+
+    def look(medium: str) -> None:
         try:
-            found[absolute(medium)] = lease_of(registry, medium)
+            found[medium] = lease_of(registry, medium)
         except VmfError as error:
-            found[absolute(medium)] = LeaseView("", "unknown", text=error.message)
+            found[medium] = LeaseView("", "unknown", text=error.message)
+
+    _all_at_once(look, list(found))
     if as_json:
         say(json.dumps([{"medium": medium, **_plain(lease)} for medium, lease in found.items()], indent=2))
         return

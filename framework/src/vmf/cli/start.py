@@ -17,7 +17,7 @@ from vmf.cli.app import json_option
 from vmf.cli.common import home, machine_argument, say
 from vmf.cli.password import password_from
 from vmf.control import terminal
-from vmf.control.process import Observer, run_machine_process, spawn_detached
+from vmf.control.process import Observer, continuation, run_machine_process, spawn_detached
 from vmf.errors import ControlError
 from vmf.machine.home import Home
 
@@ -208,6 +208,8 @@ class _Foreground(Observer):
                 say(f"CPU backend: {info['cpu_backend_choice']}.")
             for line in (info.get("cpuid") or {}).get("explanation", ()):
                 say(f"CPUID contract: {line}")
+            for line in continuation(info):
+                say(line)
             backend = info.get("cpu_backend_used")
             on = f" on {backend}" if backend else ""
             say(f"Machine '{self._name}' is {state}{on}. Console: vmf console {self._name}   Ctrl-C powers it off.")

@@ -395,6 +395,17 @@ def _above_streams(descriptor: int) -> int:
     return higher
 
 
+def continuation(info: Mapping[str, Any]) -> list[str]:
+    """What to tell of a machine that has just been started from a snapshot's memory; nothing of others."""
+    name = info.get("continues_from")
+    if not name:
+        return []
+    return [
+        f"It continues from snapshot '{name}', with the same random numbers as every other start from it until its"
+        " guest has mixed in new ones. Renew keys that must be secret or unique (docs/how-to/snapshots.md)."
+    ]
+
+
 class _Reporter(Observer):
     """Tells the starting process once, and the log everything."""
 
@@ -428,6 +439,7 @@ class _Reporter(Observer):
         cpuid = info.get("cpuid") or {}
         notices = [f"CPU backend: {info['cpu_backend_choice']}."] if info.get("cpu_backend_choice") else []
         notices += [f"CPUID contract: {line}" for line in cpuid.get("explanation", ())]
+        notices += continuation(info)
         for line in notices:
             log.info("%s", line)
         state = str(info.get("state", "running"))

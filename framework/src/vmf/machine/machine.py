@@ -145,6 +145,7 @@ class Machine:
             answer |= hardware.info() | {
                 "cpu_backend_choice": self.backend_choice,
                 "tracing": self.tracing.under_way,
+                "continues_from": self.continues_from,
                 "drives": self.storage.info(),
             }
             if self.contract_origin is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import time
 from collections import deque
@@ -108,14 +109,18 @@ def choose_tracer(registry: PluginRegistry, name: str, hardware: Hardware, level
     )
 
 
-def open_output(path: Path) -> IO[str]:
-    """The file, empty; only its owner may read it, since a trace shows what the guest works with."""
+def open_output(path: Path) -> tuple[IO[str], bool]:
+    """The file, with what is in it, and whether it was made; only its owner may read one that was, since a trace shows
+    what the guest works with."""
     try:
         # Non-blocking, so that a pipe that nobody reads is an error and not a wait.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o600)
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            descriptor, made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            descriptor, made = os.open(path, flags), False
         os.set_blocking(descriptor, True)
-        return open(descriptor, "w", encoding="utf-8", buffering=1 << 20)
+        return open(descriptor, "w", encoding="utf-8", buffering=1 << 20), made
     except OSError as error:
         raise MachineError(
             f"the trace cannot be written to {path}: {error.strerror or error}.", "Give another file with --output."
@@ -174,7 +179,7 @@ class TraceSession:
     def __init__(
         self, name: str, hardware: Hardware, tracer: CpuBackend, instructions: int, output: Path, json_lines: bool
     ) -> None:
-        """Opens the file. Raises MachineError when it cannot be written."""
+        """Opens the file, and leaves its content until the trace has begun. Raises MachineError when it cannot."""
         self._name = name
         self._hardware = hardware
         self._tracer = tracer
@@ -192,10 +197,9 @@ class TraceSession:
         self._old: Vcpu | None = None
         self._stopped_ns = 0
         self._begun = self._ended = 0
-        self._file = open_output(output)
-        now = datetime.now(UTC)
-        header = TraceHeader(name, self._home.name, tracer.name, instructions, now, hardware.clock.now())
-        self._format = TraceFormat(self._file.write, header, json_lines)
+        self._json_lines = json_lines
+        self._file, self._made = open_output(output)
+        self._format: TraceFormat
 
     # -- from any thread
 
@@ -253,7 +257,26 @@ class TraceSession:
     # -- on the thread that asked for it
 
     def begin(self) -> None:
-        """Exchange the vCPU. Raises VmfError; then the machine is as before."""
+        """Exchange the vCPU, and empty the file. Raises VmfError; then machine and file are as before."""
+        try:
+            self._exchange()
+        except BaseException:
+            self.close()
+            if self._made:
+                self._path.unlink(missing_ok=True)
+            raise
+        now, clock = datetime.now(UTC), self._hardware.clock
+        header = TraceHeader(self._name, self._home.name, self._tracer.name, self._wanted, now, clock.now())
+        try:
+            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                os.ftruncate(self._file.fileno(), 0)
+        except OSError as error:
+            self.end()
+            raise self._unwritable(error) from error
+        self._format = TraceFormat(self._file.write, header, self._json_lines)
+        self._begun = time.monotonic_ns()
+
+    def _exchange(self) -> None:
         guarded = _GuardedVcpu(self)
         guarded.real = self._tracer.create_tracing_vcpu(self._hardware.vcpu_environment(), self.sink)
         try:
@@ -261,7 +284,6 @@ class TraceSession:
         except BaseException:
             guarded.close()
             raise
-        self._begun = time.monotonic_ns()
 
     def write(self, progress: ProgressCallback | None) -> None:
         """Write what comes until there is enough or it is cancelled. Raises MachineError when the file is full."""

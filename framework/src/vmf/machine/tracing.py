@@ -43,11 +43,7 @@ class Tracing:
             hardware = machine.hardware
             tracer = choose_tracer(machine.registry, machine.name, hardware, machine.level)
             session = TraceSession(machine.name, hardware, tracer, instructions, output, json_lines)
-            try:
-                session.begin()
-            except BaseException:
-                session.close()
-                raise
+            session.begin()
             self._session = session
         try:
             try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from attrs import frozen
 
@@ -12,12 +12,17 @@ from vmf import sizes
 from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
 from vmf.storage import lease as rules
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, LeaseStore, StorageDriver
+from vmf.storage.calls import bounded
 from vmf.storage.holder import read_record
 from vmf.storage.lease import Owner, Record, Standing
 from vmf.storage.uri import absolute, scheme_of
 
 if TYPE_CHECKING:
     from vmf.machine.home import Home
+
+T = TypeVar("T")
+COMMAND_SECONDS = 12.0
+"""How long a command waits for each look at storage; a little longer than a driver's own time limits."""
 
 
 class Drivers(Protocol):
@@ -65,15 +70,33 @@ class LeaseView:
 
 def create(registry: Drivers, medium: str, size: int) -> str:
     """Make a raw image of `size` bytes; its path or URI as a definition would have it. Raises StorageError."""
-    uri = absolute(medium)
-    registry.storage(scheme_of(uri)).create(uri, size)
-    return uri
+
+    def work() -> str:
+        uri = absolute(medium)
+        registry.storage(scheme_of(uri)).create(uri, size)
+        return uri
+
+    return _bounded(medium, "making it", work)
+
+
+def _bounded(medium: str, what: str, function: Callable[[], T]) -> T:
+    """No command waits for ever for storage that does not answer. Raises StorageTimeout."""
+    return bounded(f"the storage of {medium}", what, function, seconds=COMMAND_SECONDS)
+
+
+def probe(registry: Drivers, medium: str) -> ImageInfo:
+    """What a medium is. Raises NotFoundError or StorageError."""
+
+    def work() -> ImageInfo:
+        uri = absolute(medium)
+        return registry.storage(scheme_of(uri)).probe(uri)
+
+    return _bounded(medium, "looking at it", work)
 
 
 def inspect(registry: Drivers, medium: str) -> tuple[ImageInfo, LeaseView]:
     """What a medium is, and who has it. Raises NotFoundError or StorageError."""
-    uri = absolute(medium)
-    return registry.storage(scheme_of(uri)).probe(uri), lease_of(registry, uri)
+    return probe(registry, medium), lease_of(registry, medium)
 
 
 def locks_warning(info: ImageInfo) -> str:
@@ -88,7 +111,11 @@ def locks_warning(info: ImageInfo) -> str:
 
 
 def lease_of(registry: Drivers, medium: str) -> LeaseView:
-    """Who has a medium. Never waits for its owner."""
+    """Who has a medium. Never waits for its owner. Raises StorageError."""
+    return _bounded(medium, "reading its lease", lambda: _lease_of(registry, medium))
+
+
+def _lease_of(registry: Drivers, medium: str) -> LeaseView:
     store = _store(registry, medium)
     if store is None:
         return LeaseView("", "none")
@@ -118,10 +145,14 @@ def break_lease(registry: Drivers, medium: str) -> LeaseView:
 
     Raises NotFoundError when there is no lease, ImageInUse when its owner can be seen to live, StorageError.
     """
+    return _bounded(medium, "breaking its lease", lambda: _break_lease(registry, medium))
+
+
+def _break_lease(registry: Drivers, medium: str) -> LeaseView:
     store = _store(registry, medium)
     if store is None:
         raise NotFoundError(f"{medium} has no lease: nobody ever used it for writing.", "There is nothing to break.")
-    before = lease_of(registry, medium)
+    before = _lease_of(registry, medium)
     try:
         if not store.lock():
             raise ImageInUse(
