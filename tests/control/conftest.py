@@ -12,7 +12,7 @@ import pytest
 from vmf.control.client import ControlClient
 from vmf.control.console import ConsoleServer
 from vmf.control.server import ControlServer
-from vmf.errors import InvalidStateError, TeleportBlocked, TeleportCancelled
+from vmf.errors import InvalidStateError, OperationCancelled, TeleportBlocked, TeleportCancelled
 from vmf.machine.config import MachineConfig
 from vmf.machine.home import Home
 from vmf.teleport.check import Blocker
@@ -29,6 +29,8 @@ class FakeMachine:
         self.console: list[Callable[[bytes], None]] = []
         self.cancel = threading.Event()
         self.trace_cancelled = threading.Event()
+        self.operation_cancelled = threading.Event()
+        self.why = ""
         self.room = 1 << 30
         self.closed = False
 
@@ -126,6 +128,21 @@ class FakeMachine:
         self.trace_cancelled.wait(10 if instructions > 1000 else 0)
         complete = not self.trace_cancelled.is_set()
         return {"instructions": instructions, "output": output, "json_lines": json_lines, "complete": complete}
+
+    def use_snapshots(self, store: object) -> None: ...
+
+    def take_snapshot(
+        self, name: str, description: str, progress: Callable[[Mapping[str, Any]], None]
+    ) -> dict[str, Any]:
+        progress({"what": "memory", "done": 1, "total": 2})
+        if not self.operation_cancelled.wait(30):
+            return {"name": name}
+        raise OperationCancelled(f"the snapshot '{name}' was cancelled: {self.why}.")
+
+    def cancel_operation(self, reason: str = "") -> str:
+        self.why = reason
+        self.operation_cancelled.set()
+        return "the snapshot"
 
     def cancel_trace(self) -> bool:
         self.trace_cancelled.set()

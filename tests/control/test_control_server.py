@@ -21,6 +21,7 @@ from vmf.errors import (
     ControlError,
     InvalidStateError,
     NotFoundError,
+    OperationCancelled,
     TeleportBlocked,
     TeleportCancelled,
     TeleportError,
@@ -346,3 +347,32 @@ def test_a_trace_request_must_make_sense(client: ControlClient, machine: Any, pa
     machine.set("running")
     with pytest.raises(ControlError, match="trace"):
         client.call("trace", params)
+
+
+def test_a_long_operation_is_cancelled_by_another_client(home: Home, client: ControlClient, machine: Any) -> None:
+    machine.set("running")
+
+    def notified(method: str, content: Any) -> None:
+        assert method == "snapshot.progress"
+        with ControlClient.of(home, machine.name) as other:
+            assert other.cancel_operation() == "the snapshot"
+
+    with pytest.raises(OperationCancelled, match="'s'"):
+        client.call("snapshot", {"name": "s"}, notified=notified)
+
+
+@pytest.mark.parametrize("method", ["snapshot", "trace"])
+def test_nobody_waits_for_it_so_it_ends(home: Home, server: ControlServer, machine: Any, method: str) -> None:
+    """The guest stands still for a snapshot, and is slow for a trace: its client was killed."""
+    machine.set("running")
+    begun = threading.Event()
+    connection = sockets.connect(server.path, 5)
+    params = {"snapshot": {"name": "s"}, "trace": {"instructions": 5000, "output": "/tmp/x"}}[method]
+    connection.sendall(rpc.encode({"id": 1, "method": method, "params": params}))
+    assert connection.recv(100)
+    begun.set()
+    connection.close()
+    ended = machine.operation_cancelled if method == "snapshot" else machine.trace_cancelled
+    assert ended.wait(20)
+    if method == "snapshot":
+        assert "has gone" in machine.why

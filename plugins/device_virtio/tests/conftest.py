@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vmf.device.base import Device, DeviceEnvironment
-from vmf.errors import StorageError
+from vmf.errors import StorageError, StorageFull
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
 from vmf.machine.timers import TimerQueue
@@ -31,13 +31,16 @@ class FakeImage(StorageImage):
         self.log: list[tuple[Any, ...]] = []
         self.go = threading.Event()
         self.go.set()
-        self.broken = False
+        self.broken = self.full = False
+        self.aborted = False
         self.at_once = False
 
     def _step(self, *what: Any) -> None:
         assert self.go.wait(30)
         if self.broken:
             raise StorageError("the disk is on fire.")
+        if self.full and what[0] in ("write", "zeroes"):
+            raise StorageFull("test: cannot be written: the file system is full.", "Free some space there.")
         self.log.append(what)
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -67,6 +70,10 @@ class FakeImage(StorageImage):
         self._step("zeroes", offset, length, may_unmap)
         self.content[offset : offset + length] = bytes(length)
 
+    def abort(self) -> None:
+        self.aborted = self.broken = True
+        self.go.set()
+
     def close(self) -> None: ...
 
 
@@ -88,6 +95,7 @@ class Pc:
         self.posted = threading.Condition()
         self.written: list[tuple[int, int]] = []
         self.output: list[bytes] = []
+        self.pauses: list[str] = []
         clock = MachineClock()
 
         def line(number: int) -> Line:
@@ -106,6 +114,7 @@ class Pc:
         environment = DeviceEnvironment(
             bus=self.bus, memory=memory, clock=clock, timers=TimerQueue(clock), irq_line=line,
             provide_interrupts=lambda *_: None, post=post, request_power_off=lambda: None, request_reset=lambda: None,
+            request_pause=self.pauses.append,
             serial_output=self.output.append, memory_written=lambda gpa, size: self.written.append((gpa, size)),
             options=options, drives=drives,
         )  # fmt: skip

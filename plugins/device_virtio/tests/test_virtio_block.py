@@ -377,3 +377,65 @@ def test_another_disk_is_refused(bench: Any) -> None:
     read_only = bench.disk(bench.image(), read_only=True).pc.device("virtio.blk")
     with pytest.raises(StateError):
         read_only.restore(payload)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_full_disk_is_no_broken_one(bench: Any, waits: bool) -> None:
+    """The guest hears nothing, the machine pauses, and what there was no room for is written at the next try."""
+    image = bench.image()
+    image.writes_wait = waits
+    driver = bench.disk(image, port=3)
+    device, pc = driver.pc.device("virtio.blk"), driver.pc
+    image.full = True
+    pc.memory.write(STATUS, b"\xee\xee")
+    driver.send((HEAD, header(OUT, 2)), (DATA, b"a" * 512), (STATUS, 1))
+    segment = struct.pack("<QII", 9, 1, 0)
+    driver.send((HEAD + 0x100, header(ZEROES)), (DATA + 0x1000, segment), (STATUS + 1, 1), head=4)
+    pc.run_posts(lambda: len(pc.pauses) == 2)
+    assert driver.used() == []
+    assert pc.memory.read(STATUS, 2) == b"\xee\xee"
+    assert "port 3" in pc.pauses[0]
+    assert "full" in pc.pauses[0]
+    device.quiesce()  # a pause: there is nothing under way
+    assert "room" in device.migration_blocker()
+    with pytest.raises(StateError, match="wait for room"):
+        device.save()
+    device.resumed()  # too early
+    pc.run_posts(lambda: len(pc.pauses) == 4)
+    assert driver.used() == []
+    image.full = False
+    image.content[9 * 512 : 10 * 512] = b"x" * 512
+    device.resumed()
+    assert sorted(driver.wait(count=2)) == [(0, 1), (4, 1)]
+    assert pc.memory.read(STATUS, 2) == b"\0\0"
+    assert image.content[1024:1536] == b"a" * 512
+    assert image.content[9 * 512 : 10 * 512] == bytes(512)
+    assert device.migration_blocker() == ""
+    device.save()
+
+
+def test_a_reset_forgets_what_waits_for_room(bench: Any) -> None:
+    image = bench.image()
+    image.full = True
+    driver = bench.disk(image)
+    driver.send((HEAD, header(OUT)), (DATA, bytes(512)), (STATUS, 1))
+    driver.pc.run_posts(lambda: bool(driver.pc.pauses))
+    device = driver.pc.device("virtio.blk")
+    device.reset()
+    image.full = False
+    device.resumed()
+    device.quiesce()
+    assert not image.log
+    assert device.migration_blocker() == ""
+
+
+def test_the_end_waits_for_no_storage(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmf_device_virtio import block
+
+    monkeypatch.setattr(block, "END_SECONDS", 0.05)
+    image = bench.image()
+    image.go.clear()
+    driver = bench.disk(image)
+    driver.send((HEAD, header(OUT)), (DATA, bytes(512)), (STATUS, 1))
+    driver.pc.device("virtio.blk").close()
+    assert image.aborted

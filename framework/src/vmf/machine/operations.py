@@ -56,6 +56,11 @@ class Operation:
         self._cancelled.set()
         return not self.ended.is_set()
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody has asked it to end."""
+        return self._cancelled.is_set()
+
     def check(self) -> None:
         """Raises OperationCancelled once somebody has cancelled it."""
         if self._cancelled.is_set():

@@ -319,12 +319,12 @@ class MachineStorage:
         """Do not give the leases back at the end: no other host is to use the images as they are."""
         self._keep_leases = True
 
-    def close(self, seconds: float = CLOSE_SECONDS) -> tuple[str, ...]:
-        """Flush, close and give everything back, within `seconds`. Idempotent.
+    def close(self) -> tuple[str, ...]:
+        """Flush, close and give everything back, within `CLOSE_SECONDS`. Idempotent.
 
         Returns (and logs) what could not be done, a sentence each: the machine ends all the same.
         """
-        end = time.monotonic() + seconds
+        end = time.monotonic() + CLOSE_SECONDS
         endings = [slot.finish(flush=not self._lost.is_set(), release=not self._keep_leases) for slot in self.slots]
         problems = tuple(problem for ending in endings for problem in ending.wait(end))
         for problem in problems:

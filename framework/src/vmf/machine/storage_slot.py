@@ -62,12 +62,15 @@ class Slot:
         what: str,
         function: Callable[[], T],
         *,
-        seconds: float = CALL_SECONDS,
+        seconds: float | None = None,
         look: Look | None = None,
         late: Callable[[T], None] | None = None,
     ) -> T:
-        """Make a call that may never return, see `Caller.call`. Raises StorageTimeout."""
-        return self._caller.call(what, function, seconds=seconds, look=look, late=late)
+        """Make a call that may never return, see `Caller.call`.
+
+        Raises StorageTimeout after `seconds`, by default `CALL_SECONDS`.
+        """
+        return self._caller.call(what, function, seconds=seconds or CALL_SECONDS, look=look, late=late)
 
     def lease_store(self, *, create: bool, look: Look | None = None) -> LeaseStore | None:
         """Where the image's lease is; see `StorageDriver.lease_store`."""
