@@ -207,3 +207,23 @@ def test_a_vendor_that_does_not_exist_is_refused() -> None:
         CpuidConfig(vendor="AuthenticIntel") and MachineConfig(
             name="box", memory_mib=32, cpuid=CpuidConfig(vendor="AuthenticIntel")
         )
+
+
+def test_a_move_to_an_emulator_names_the_page_about_it(
+    registry: PluginRegistry, fast: Fast, config: MachineConfig
+) -> None:
+    with Machine(config, registry=registry) as machine:
+        machine.start()
+        there = machine.switch_backend("unicorn")
+        again = machine.switch_backend("unicorn")
+        back = machine.switch_backend("fast")
+        assert (there.before, there.after) == ("fast", "unicorn")
+        assert ["engine-deviations.md" in note for note in there.notes] == [True]
+        assert again.notes == back.notes == ()
+        machine.switch_backend("unicorn")
+        view = TeleportView(machine)
+        own = view.describe()
+        assert view.notes(own) == []
+        assert view.notes({**own, "cpu": {**own["cpu"], "backend": "kvm"}}) == list(there.notes)
+        old = {key: value for key, value in own["cpu"].items() if key != "backend"}
+        assert view.notes({**own, "cpu": old}) == list(there.notes)  # a source that does not say it

@@ -58,6 +58,7 @@ SAMPLES: dict[str, m.Message] = {
     "located": m.Located("never", "box", "It never came."),
     "join": m.Join(ID, bytes(range(32))),
     "joined": m.Joined(),
+    "notes": m.Notes(("The CPU backend is another one.",)),
 }  # fmt: skip
 
 

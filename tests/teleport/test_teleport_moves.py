@@ -124,6 +124,31 @@ def test_every_blocker_is_named_at_once_and_the_source_goes_on(pair):
     assert waiting.waits
 
 
+def test_what_the_target_notes_reaches_the_user_at_the_source(pair):
+    source, target = pair.machine("a"), pair.machine("a2")
+    target.said = ["It is another processor there.", "x" * 5000]
+    waiting = pair.wait(target)
+    summary = pair.teleport(source, waiting, check_only=True)
+    assert summary.notes[0] == "It is another processor there."
+    assert len(summary.notes[1]) == 1000
+    assert summary.outcome is SourceOutcome.RUNS_HERE
+    source.start()
+    assert pair.teleport(source, waiting).notes == summary.notes
+    waiting.wait_done()
+    assert target.runs
+
+
+def test_a_source_that_does_not_know_notes_gets_none(pair, monkeypatch):
+    source, target = pair.machine("a"), pair.machine("a2")
+    target.said = ["It is another processor there."]
+    monkeypatch.setattr("vmf.teleport.protocol.messages.FEATURES", ("capabilities", "whereabouts"))
+    source.start()
+    waiting = pair.wait(target)
+    assert pair.teleport(source, waiting).notes == ()
+    waiting.wait_done()
+    assert target.runs
+
+
 def test_check_only_moves_nothing(pair):
     source, target = pair.machine("a"), pair.machine("a2")
     fill(source)

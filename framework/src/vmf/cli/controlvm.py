@@ -302,6 +302,8 @@ def _check(
         say(json.dumps(answer))
     elif not blockers:
         say(f"Machine '{name}' can teleport to {host}:{port}: every check passed.")
+        for note in answer["notes"]:
+            say(f"Note: {printable(note)}")
     else:
         reasons = _grouped(blockers)
         count = "1 reason" if len(reasons) == 1 else f"{len(reasons)} reasons"

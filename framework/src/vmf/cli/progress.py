@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vmf.cli.common import duration, say, size
+from vmf.cli.common import duration, printable, say, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -149,7 +149,9 @@ def facts(event: Event) -> list[tuple[str, str]]:
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
-    """The figures of a finished teleport."""
+    """The figures of a finished teleport, and what the target had to say."""
+    for note in summary.get("notes", ()):
+        say(f"Note: {printable(note)}")
     rows = [
         ("downtime", duration(summary["downtime_ns"]) if "downtime_ns" in summary else ""),
         ("total time", duration(summary["total_ns"]) if "total_ns" in summary else ""),

@@ -12,7 +12,7 @@ import click
 
 from vmf.cli.app import json_option
 from vmf.cli.cancelling import Cancelling
-from vmf.cli.common import duration, home, say
+from vmf.cli.common import duration, home, printable, say
 from vmf.control.client import ControlClient
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def switch_backend(name: str, backend: str, as_json: bool) -> None:
             f"Machine '{name}' runs on {summary['after']} now, before on {summary['before']};"
             f" the guest stood still for {stood}."
         )
+    for note in summary["notes"]:
+        say(f"Note: {printable(note)}")
 
 
 @click.command()

@@ -119,7 +119,8 @@ class MachineAdapter:
     ) -> Plain:
         blockers = self.machine.check_teleport(host, port, transport=transport, options=options, password=password)
         target = str(Address(transport, host, port))
-        return {"ok": not blockers, "target": target, "blockers": plain(blockers)}
+        notes = [] if blockers else list(self.machine.teleport_notes)
+        return {"ok": not blockers, "target": target, "blockers": plain(blockers), "notes": notes}
 
     def cancel_teleport(self) -> bool:
         return self.machine.cancel_teleport()

@@ -183,6 +183,10 @@ class CpuBackend(ABC):
     preference: int = 0
     """`auto` tries usable backends from the highest preference down (KVM 100, Unicorn 10)."""
 
+    caveat: str = ""
+    """What the user should know when a guest comes here from another backend: a sentence that names where more stands.
+    Shown by `teleport --check`, after a teleport and by `switch-backend`."""
+
     @abstractmethod
     def availability(self) -> Availability:
         """Whether it works here; cheap to call twice (cache it), never raises."""

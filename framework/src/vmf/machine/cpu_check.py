@@ -46,6 +46,7 @@ def describe_cpu(machine: Machine, *, with_state: bool) -> dict[str, Any]:
     """
     hardware = machine.hardware
     described: dict[str, Any] = {
+        "backend": hardware.backend.name,  # binds nothing: the target's may be another one
         "tsc_khz": hardware.tsc_khz,
         "cpuid": hardware.cpuid.to_wire(),
         "level": "" if machine.contract_origin is None else machine.contract_origin.level,

@@ -611,6 +611,11 @@ class Machine:
         address = Address(transport, host, port, options or {})
         return self._teleporter.teleport(address, max_downtime_ms, timeout_s, progress, password)
 
+    @property
+    def teleport_notes(self) -> tuple[str, ...]:
+        """What the target of the last `check_teleport` without a blocker said that the user should know."""
+        return self._teleporter.noted
+
     def check_teleport(
         self,
         host: str,

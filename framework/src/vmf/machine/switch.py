@@ -48,12 +48,21 @@ class SwitchSummary:
         before, after: names of the backends.
         stopped_ns: how long the guest stood still.
         total_ns: the whole operation.
+        notes: what the user should know of the new backend.
     """
 
     before: str
     after: str
     stopped_ns: int
     total_ns: int
+    notes: tuple[str, ...] = ()
+
+
+def note_of(backend: CpuBackend, before: object) -> str:
+    """What a user should know when a guest moves to `backend` from the one named `before`; "" when nothing."""
+    if not backend.caveat or before == backend.name:
+        return ""
+    return f"The CPU backend {backend.name} is not a processor: {backend.caveat}"
 
 
 def find_blockers(name: str, hardware: Hardware, backend: CpuBackend, level: int) -> list[Blocker]:
@@ -99,7 +108,8 @@ def switch(name: str, hardware: Hardware, backend: CpuBackend, level: int) -> Sw
         new.close()
         raise
     old.close()
-    return SwitchSummary(before, backend.name, stopped_ns, time.monotonic_ns() - begun)
+    note = note_of(backend, before)
+    return SwitchSummary(before, backend.name, stopped_ns, time.monotonic_ns() - begun, (note,) if note else ())
 
 
 def exchange(hardware: Hardware, backend: CpuBackend, new: Vcpu) -> tuple[Vcpu, int]:

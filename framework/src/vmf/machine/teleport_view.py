@@ -19,6 +19,7 @@ from vmf.machine.contract import capability_of
 from vmf.machine.cpu_check import CpuCheck, describe_cpu
 from vmf.machine.device_check import check_devices, check_ranges, check_settings
 from vmf.machine.states import MachineState
+from vmf.machine.switch import note_of
 from vmf.memory.dirty import DirtyTracker
 from vmf.memory.guest import GuestMemory
 from vmf.teleport.check import Blocker, Hook, compare_descriptions, show
@@ -96,6 +97,10 @@ class TeleportView:
         if not found:
             found = cpu.plug(source["cpu"])
         return found
+
+    def notes(self, source: Mapping[str, Any]) -> Sequence[str]:
+        note = note_of(self._machine.hardware.backend, source["cpu"].get("backend"))
+        return [note] if note else []
 
     def check_saved(self, saved: Mapping[str, Any]) -> Sequence[Blocker]:
         """At the start from a snapshot: `check`, for a description that this machine wrote itself."""

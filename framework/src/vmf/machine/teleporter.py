@@ -52,6 +52,7 @@ class Teleporter:
     """One machine's teleports; `Machine`'s methods of the same names are its public face.
 
     Attributes:
+        noted: what the target of the last check said that the user should know.
         listener: what a target listens on, while it waits.
         witness: what it listens on after an arrival that the source did not confirm, to be asked about it.
         doubt: the teleport out that nobody confirmed, until it is resolved.
@@ -59,6 +60,7 @@ class Teleporter:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self.noted: tuple[str, ...] = ()
         self.listener: Listener | None = None
         self.witness: Listener | None = None
         self.doubt: Doubt | None = None
@@ -182,7 +184,7 @@ class Teleporter:
         channel = machine.registry.transport(address.scheme).connect(address, CONNECT_TIMEOUT)
         try:
             options = SourceOptions(check_only=True, timeout_s=CHECK_TIMEOUT, password=password)
-            teleport_source(view, channel, options)
+            self.noted = teleport_source(view, channel, options).notes
         except TeleportBlocked as error:
             return error.blockers
         finally:

@@ -107,6 +107,7 @@ class TeleportSummary:
         throttle: the highest that was needed.
         tracker: name of the dirty tracker (source only).
         confirmed: the source knows that the machine runs at the target (target only).
+        notes: what the target says that the user should know, though it speaks against nothing (source only).
     """
 
     teleport_id: str
@@ -124,6 +125,7 @@ class TeleportSummary:
     throttle: float = 0.0
     tracker: str = ""
     confirmed: bool = True
+    notes: tuple[str, ...] = ()
 
 
 ProgressListener = Callable[[ProgressEvent], None]

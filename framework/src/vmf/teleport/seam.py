@@ -151,6 +151,14 @@ class StatesCapability(Protocol):
         """What its backend can present; the name is the backend's."""
 
 
+@runtime_checkable
+class TakesNotes(Protocol):
+    """Optional: a machine that tells the user at the source what the check does not refuse, and should be known."""
+
+    def notes(self, source: Mapping[str, Any]) -> Sequence[str]:
+        """At the target, after `check` of the same description found nothing: sentences."""
+
+
 def payload_kinds(machine: object) -> tuple[tuple[str, int, int], ...]:
     """What the machine says, or () when it does not."""
     return tuple(machine.payload_kinds()) if isinstance(machine, ListsPayloads) else ()

@@ -149,6 +149,7 @@ class _Source:
         self._stopped = Stopped(running=False, at_ns=0)
         self._t_start = self._t_stopped = 0
         self._throttle = self._highest_throttle = 0.0
+        self._notes: tuple[str, ...] = ()
 
     def _break(self) -> None:
         self._channel.shutdown()
@@ -312,7 +313,12 @@ class _Source:
                 check_only=options.check_only,
             )
         )
-        checked, _ = self._expect(m.Checked, options.answer_timeout_s)
+        checked, _ = self._expect(m.Message, options.answer_timeout_s)
+        if isinstance(checked, m.Notes):
+            self._notes = checked.notes
+            checked, _ = self._expect(m.Message, options.answer_timeout_s)
+        if not isinstance(checked, m.Checked):
+            raise RemoteProtocolError(f"the target sent {checked.word()} where CHECKED was due.")
         if checked.links > wanted or bool(checked.links) != bool(checked.token):
             raise RemoteProtocolError("the target grants other channels than it was asked for.")
         blockers = (*own, *checked.blockers)
@@ -460,6 +466,7 @@ class _Source:
             outcome=outcome,
             total_ns=self._report.elapsed_ns,
             throttle=self._highest_throttle,
+            notes=self._notes,
             **values,
         )
 

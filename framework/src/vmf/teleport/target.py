@@ -48,7 +48,14 @@ from vmf.teleport.protocol import Phase, Role, SourceOutcome
 from vmf.teleport.protocol import messages as m
 from vmf.teleport.protocol.handover import Deed, Note, TargetCustody, TargetEvent
 from vmf.teleport.ram import RamReceiver
-from vmf.teleport.seam import KeepsJournal, KeepsLeases, StatesCapability, TeleportableMachine, payload_kinds
+from vmf.teleport.seam import (
+    KeepsJournal,
+    KeepsLeases,
+    StatesCapability,
+    TakesNotes,
+    TeleportableMachine,
+    payload_kinds,
+)
 from vmf.transport.base import Listener
 
 log = logging.getLogger(__name__)
@@ -425,6 +432,8 @@ class _Session:
             raise RemoteProtocolError("the source repeats a teleport that was here before.")
         threading.Thread(target=self._keep_alive, name="vmf-teleport-alive", daemon=True).start()
         blockers = self._check(offer)
+        if not blockers and (notes := self._notes(hello, offer)):
+            self._link.send(m.Notes(notes))
         if blockers or offer.check_only:
             self._link.send(m.Checked(tuple(blockers[: m.MAX_BLOCKERS])))
         else:
@@ -491,6 +500,12 @@ class _Session:
                 )
             )
         return blockers
+
+    def _notes(self, hello: m.Hello, offer: m.Offer) -> tuple[str, ...]:
+        """For the user at the source, if it wants to know."""
+        if m.NOTES not in hello.features or not isinstance(self._machine, TakesNotes):
+            return ()
+        return tuple(m.clean_text(note) for note in self._machine.notes(offer.description)[: m.MAX_NOTES])
 
     def _receive_machine(self, offer: m.Offer) -> tuple[m.State, int]:
         """RAM and state; also when PAUSED came (ns)."""

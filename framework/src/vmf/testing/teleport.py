@@ -190,6 +190,7 @@ class FakeMachine:
         self.fail: set[str] = set()
         self.delay: dict[str, float] = {}
         self.blockers: list[Blocker] = []
+        self.said: list[str] = []
         self.elapsed_ns: int | None = None
         self.stopped_at_ns = 0
         self.description: dict[str, Any] = {"memory_mib": size >> 20, "devices": [["fake", 0]]}
@@ -272,6 +273,9 @@ class FakeMachine:
     def check(self, source: Mapping[str, Any]) -> Sequence[Blocker]:
         self._call("check")
         return compare_descriptions(self._name, source, self.description)
+
+    def notes(self, source: Mapping[str, Any]) -> Sequence[str]:
+        return self.said
 
     def local_blockers(self, role: str) -> Sequence[Blocker]:
         self._call("local_blockers")

@@ -18,6 +18,7 @@ class UnicornBackend(CpuBackend):
     name = "unicorn"
     preference = 10
     can_trace = True
+    caveat = "docs/explanation/engine-deviations.md lists the instructions that do otherwise here."
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

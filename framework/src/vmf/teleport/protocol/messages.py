@@ -28,12 +28,15 @@ CAPABILITIES = "capabilities"
 """Feature: instead of offering a machine the source may ask what the target's CPU backend can present (INQUIRE)."""
 WHEREABOUTS = "whereabouts"
 """Feature: instead of offering a machine the source may ask what became of an earlier teleport (LOCATE)."""
-FEATURES: tuple[str, ...] = (CAPABILITIES, WHEREABOUTS)
+NOTES = "notes"
+"""Feature: before CHECKED the target may say what the user should know, though it speaks against nothing (NOTES)."""
+FEATURES: tuple[str, ...] = (CAPABILITIES, WHEREABOUTS, NOTES)
 """Optional behaviour this program knows."""
 PAGE_SIZE = 4096
 ID_SIZE = 16
 MAX_TEXT = 1000
 MAX_BLOCKERS = 256
+MAX_NOTES = 16
 MAX_PAYLOADS = 256
 MAX_CPUID_ROWS = 512
 MAX_LINKS = 8
@@ -460,10 +463,20 @@ class Joined(Message):
     TYPE = 29
 
 
+@frozen
+class Notes(Message):
+    """Target, with the feature `notes`, once before CHECKED: sentences for the user at the source."""
+
+    TYPE = 30
+    FEATURE = NOTES
+    LIMIT = 64 * _KIB
+    notes: tuple[str, ...] = wire(_many(_text(), MAX_NOTES), _listed)
+
+
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Authenticate, Challenge, Authenticated, Offer, Checked, Begin, Bye, Pages, Zeros, RoundEnd,
     RoundAck, Paused, State, Ready, Handover, Running, Done, Ping, Pong, Cancel, Error,
-    Inquire, Capabilities, Locate, Located, Join, Joined,
+    Inquire, Capabilities, Locate, Located, Join, Joined, Notes,
 )  # fmt: skip
 BY_TYPE = {message.TYPE: message for message in MESSAGES}
 LIMITS = {message.TYPE: message.LIMIT for message in MESSAGES}

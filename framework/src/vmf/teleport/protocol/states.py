@@ -51,6 +51,7 @@ class Phase(enum.Enum):
     LOCATE = "locate"
     LOCATED = "located"
     CHECK = "check"
+    NOTED = "noted"
     CHECKED = "checked"
     PRECOPY = "precopy"
     ROUND = "round"
@@ -96,7 +97,9 @@ _CONVERSATION: tuple[tuple[Phase, Role, type[m.Message], Phase], ...] = (
     (P.LOCATE,         TARGET, m.Located,       P.LOCATED),
     (P.LOCATED,        SOURCE, m.Bye,           P.CHECK_DONE),
     (P.OFFER,          SOURCE, m.Offer,         P.CHECK),
+    (P.CHECK,          TARGET, m.Notes,         P.NOTED),
     (P.CHECK,          TARGET, m.Checked,       P.CHECKED),
+    (P.NOTED,          TARGET, m.Checked,       P.CHECKED),
     (P.CHECKED,        SOURCE, m.Bye,           P.CHECK_DONE),
     (P.CHECKED,        SOURCE, m.Begin,         P.PRECOPY),
     (P.PRECOPY,        SOURCE, m.Pages,         P.PRECOPY),
@@ -120,11 +123,11 @@ _CONVERSATION: tuple[tuple[Phase, Role, type[m.Message], Phase], ...] = (
 
 BEFORE_READY = (
     P.HELLO, P.JOINING, P.LINK, P.WELCOME, P.AUTHENTICATE, P.AUTHENTICATING, P.OFFER, P.INQUIRE, P.INQUIRED,
-    P.LOCATE, P.LOCATED, P.CHECK, P.CHECKED, P.PRECOPY, P.ROUND, P.PAUSE, P.RESTORE,
+    P.LOCATE, P.LOCATED, P.CHECK, P.NOTED, P.CHECKED, P.PRECOPY, P.ROUND, P.PAUSE, P.RESTORE,
 )  # fmt: skip
 """Both sides may end the session with CANCEL or ERROR."""
 TALKING = (
-    P.CHECK, P.CHECKED, P.PRECOPY, P.ROUND, P.PAUSE, P.RESTORE, P.READY, P.HANDOVER, P.RUNNING,
+    P.CHECK, P.NOTED, P.CHECKED, P.PRECOPY, P.ROUND, P.PAUSE, P.RESTORE, P.READY, P.HANDOVER, P.RUNNING,
 )  # fmt: skip
 """PING and PONG are legal."""
 FINAL = frozenset({P.DONE, P.CHECK_DONE, P.CANCELLED, P.FAILED, P.UNCERTAIN})
