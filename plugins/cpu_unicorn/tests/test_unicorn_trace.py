@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from attrs import evolve
 from vmf.cpu.backend import ExitReason
 from vmf.cpu.state import GENERAL_REGISTERS
 from vmf.cpu.trace import RecordKind, TraceRecords, continuations
+from vmf.machine.trace_format import TraceFormat, TraceHeader
 from vmf_cpu_unicorn import engine
 from vmf_cpu_unicorn.recorder import CAPACITY
 from vmf_cpu_unicorn.selftest_guest import CODE, DATA, SYSCALL_ENTRY, Bench
@@ -239,3 +242,39 @@ def test_the_result_is_that_of_an_untraced_run(gate: str, make_bench: Callable[.
         assert halves[1].memory.read(DATA, 4000) == memory
     finally:
         traced.bench.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "registers", "iterations"),
+    [
+        ("f348ab", {"rcx": 5}, 5),  # rep stosq
+        ("f348ab", {"rcx": 1}, 1),
+        ("f348ab", {"rcx": 0}, 0),
+        ("f3a4", {"rcx": CAPACITY * 2}, CAPACITY * 2),  # rep movsb, in several batches
+        ("67f3aa", {"rcx": 0x7_0000_0003}, 3),  # rep stosb with ECX
+        ("f3a6", {"rcx": 9}, 4),  # repe cmpsb: the fourth bytes differ
+        ("f2ae", {"rcx": 9, "rax": 7}, 9),  # repne scasb: not found
+        ("ab", {"rcx": 0}, 1),  # no prefix, no counter
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000], ids="batches of {}".format)
+def test_iterations_are_those_that_did_something(
+    traced: Traced, text: str, registers: dict[str, int], iterations: int, size: int
+) -> None:
+    """Not the last look at the counter."""
+    bench = traced.bench
+    bench.memory.write(DATA, bytes(CAPACITY * 4))
+    bench.memory.write(DATA + 3, b"\1")
+    raw = bytes.fromhex(text)
+    bench.execute(b"\x90" + raw + b"\x90\xf4", bench.state(rdi=DATA, rsi=DATA + 0x1000, **registers))
+    lines: list[str] = []
+    header = TraceHeader("m", "unicorn", "unicorn", 100, datetime.now(tz=UTC), 0)
+    written = TraceFormat(lines.append, header, json_lines=True)
+    rows = traced.records
+    for start in range(0, len(rows), size):
+        written.add(rows[start : start + size])
+    written.finish(complete=True, reason="")
+    entries = [json.loads(line) for line in "".join(lines).splitlines()]
+    (entry,) = [entry for entry in entries if entry.get("bytes") == text]
+    assert entry.get("iterations", 1) == iterations
+    assert int(entry["address"], 16) == CODE + 1

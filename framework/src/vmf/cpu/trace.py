@@ -2,8 +2,9 @@
 
 Records travel as NumPy arrays, many at a time, so that whoever records need not know who formats. What an instruction
 changed is the difference between its record and the next one, whatever its kind: every record carries the registers.
-A repeated string instruction (REP MOVS and the like) gives a record for each iteration; `continuations` finds those
-that only go on with the instruction before.
+A repeated string instruction (REP MOVS and the like) gives a record for each iteration, and may give one more that
+finds the counter at 0; `continuations` finds those that only go on with the instruction before, `iterates` those that
+do something.
 """
 
 from __future__ import annotations
@@ -80,6 +81,25 @@ def repeated_string(records: TraceRecords) -> npt.NDArray[np.bool_]:
         prefix = _PREFIXES[byte] | (_REX[byte] & (records["bits"] == 64))
         answer |= looking & ~prefix & repeated & _STRING[byte]
         looking &= prefix & (position + 1 < size)
+    return answer
+
+
+_RCX = 1
+_OTHER_ADDRESS_SIZE = 0x67
+_COUNTER_MASK = {16: 0xFFFF, 32: 0xFFFF_FFFF, 64: (1 << 64) - 1}
+_OTHER_SIZE = {16: 32, 32: 16, 64: 32}
+
+
+def iterates(records: TraceRecords) -> npt.NDArray[np.bool_]:
+    """Which records do something: all but those of a repeated string instruction whose counter is 0 already. Such a
+    record is how a backend finds that the instruction has ended (or that there was nothing to do)."""
+    answer = np.ones(len(records), dtype=bool)
+    for index in np.flatnonzero(repeated_string(records) & (records["registers"][:, _RCX] & np.uint64(0xFFFF) == 0)):
+        row = records[index]
+        bits = int(row["bits"])
+        prefixes = bytes(row["code"][: row["size"] - 1])
+        size = _OTHER_SIZE[bits] if _OTHER_ADDRESS_SIZE in prefixes else bits
+        answer[index] = int(row["registers"][_RCX]) & _COUNTER_MASK[size] != 0
     return answer
 
 

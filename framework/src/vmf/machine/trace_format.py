@@ -11,7 +11,7 @@ import numpy as np
 from attrs import frozen
 
 from vmf.cpu.state import GENERAL_REGISTERS
-from vmf.cpu.trace import RecordKind, TraceRecords, continuations
+from vmf.cpu.trace import RecordKind, TraceRecords, continuations, iterates
 
 FORMAT_VERSION = 1
 _CACHE_LIMIT = 200_000
@@ -94,7 +94,7 @@ class TraceFormat:
         self._held: TraceRecords | None = None
         """The last entry, first and latest record: what it changed is not known before the next one."""
         self._held_more = 0
-        """Iterations between the two."""
+        """Iterations between the two, not counting theirs."""
         self._limit = header.wanted
         self.instructions = self.events = 0
         self._header(header)
@@ -106,18 +106,19 @@ class TraceFormat:
         if not len(rows):
             return
         starts = np.flatnonzero(~continuations(rows))
-        iterations = np.diff(np.append(starts, len(rows)))
+        works = iterates(rows)
+        iterations = np.add.reduceat(works, starts, dtype=np.int64)
         if held is not None:
             iterations[0] += self._held_more
         self._entries(rows, starts, iterations)
-        first, count = int(starts[-1]), int(iterations[-1])
-        self._held = rows[[first, -1]] if count > 1 else rows[first:].copy()
-        self._held_more = max(count - 2, 0)
+        first = int(starts[-1])
+        self._held = rows[[first, -1]] if len(rows) - first > 1 else rows[first:].copy()
+        self._held_more = int(iterations[-1] - iterates(self._held).sum())
 
     def finish(self, complete: bool, reason: str) -> None:
         """Write the end. Of a trace that ended early the last entry is written too, without what it changed."""
         if not complete and self._held is not None:
-            iterations = np.array([self._held_more + len(self._held)])
+            iterations = np.array([self._held_more + int(iterates(self._held).sum())])
             self._entries(np.concatenate((self._held[:1], self._held[:1])), np.array([0, 1]), iterations)
         self._held = None
         if self._json:
@@ -182,7 +183,7 @@ class TraceFormat:
             return f"{'':>9}  -- {self._event(row)}\n"
         self.instructions += 1
         text = self._disassembler.text(row["rip"], code, row["bits"])
-        if count > 1:
+        if count != 1:
             text = f"{text}  (x{count})".lstrip()
         shown = [
             f"{name}=[{flag_names(value)}]" if name == "rflags" else f"{name}={value:x}" for name, value in changed
@@ -227,7 +228,7 @@ class TraceFormat:
                 entry["linear"] = f"{row['linear']:#x}"
             if self._disassembler.available:
                 entry["text"] = self._disassembler.text(row["rip"], code, row["bits"])
-            if count > 1:
+            if count != 1:
                 entry["iterations"] = count
         entry["changes"] = {name: f"{value:#x}" for name, value in changed}
         return json.dumps(entry) + "\n"

@@ -272,6 +272,12 @@ def busybox() -> Found:
 
 
 @functools.cache
+def memtest() -> Found:
+    """memtest86+ for x86-64 (a bzImage without a packed kernel), from the cache or by apt."""
+    return _fetched("memtest86+x64", "VMF_MEMTEST_FILE", "memtest86+", None, r"\./boot/(memtest86\+x64\.bin|mt86\+x64)")
+
+
+@functools.cache
 def selfcheck() -> Found:
     """The self-checking guest program (`guest/selfcheck.c`), compiled statically, again when it changes."""
     return compiled("selfcheck")

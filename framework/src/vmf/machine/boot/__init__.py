@@ -9,6 +9,7 @@ they stay holes. A wrong file is always one `vmf.errors.ImageError`.
 - `payload`    unpacking the compressed kernel inside a bzImage
 - `linux`      the Linux x86 boot protocol (64-bit entry)
 - `bare`       flat and ELF bare-metal guests
+- `multiboot`  32-bit ELF images with a multiboot header
 - `longmode`   page tables, descriptors and registers that all of them start with
 """
 

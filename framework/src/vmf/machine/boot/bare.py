@@ -31,6 +31,7 @@ from vmf.machine.boot.longmode import (
     low_ram_end,
     write_environment,
 )
+from vmf.machine.boot.multiboot import load_multiboot
 from vmf.memory.guest import MIB, GuestMemory
 
 FLAT_BASE = LOADER_END
@@ -54,6 +55,8 @@ def load_image(memory: GuestMemory, image: Path, tsc_khz: int) -> VcpuState:
             entry = FLAT_BASE
         elif kind is ImageKind.ELF:
             entry = load_elf_file(memory, file).entry
+        elif kind is ImageKind.MULTIBOOT:
+            return load_multiboot(memory, image, None, None, tsc_khz, "image")
         else:
             raise file.wrong(f"is a {kind.value}, not a bare-metal image", "Boot it as a Linux kernel.")
     registers = {"rdi": memory.size, "rsi": low_ram_end(memory), "rdx": tsc_khz}

@@ -18,6 +18,8 @@ from vmf.memory.guest import GuestMemory
 ELF_MAGIC = b"\x7fELF"
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
+_HEADER_32 = struct.Struct("<16sHHIIIIIHHHHHH")
+_PROGRAM_HEADER_32 = struct.Struct("<IIIIIIII")
 MAX_PROGRAM_HEADERS = 512
 MAX_HEAD = _HEADER.size + MAX_PROGRAM_HEADERS * _PROGRAM_HEADER.size
 """Program headers must lie within this many bytes from the start (linkers put them after the ELF header)."""
@@ -25,6 +27,7 @@ MAX_HEAD = _HEADER.size + MAX_PROGRAM_HEADERS * _PROGRAM_HEADER.size
 _PT_LOAD = 1
 _PT_INTERP = 3
 _ET_EXEC = 2
+_EM_386 = 3
 _EM_X86_64 = 62
 _OSABI_GNU = 3
 _MACHINES = {3: "32-bit x86", 8: "MIPS", 20: "PowerPC", 21: "PowerPC64", 22: "S390", 40: "ARM", 183: "ARM64",
@@ -74,28 +77,35 @@ def head_size(data: bytes | bytearray) -> int:
     return min(MAX_HEAD, max(_HEADER.size, fields[4] + fields[9] * _PROGRAM_HEADER.size))
 
 
-def parse_elf(head: bytes | bytearray, what: str) -> ElfImage:
-    """Parse the headers in `head` (the first bytes of the file). Raises ImageError naming `what`."""
+def parse_elf(head: bytes | bytearray, what: str, bits: int = 64) -> ElfImage:
+    """Parse the headers in `head` (the first bytes of the file) of an ELF file of 64 or 32 bits.
+
+    Raises ImageError naming `what`.
+    """
+    header, program_header, elf_class, expected = (
+        (_HEADER, _PROGRAM_HEADER, 2, _EM_X86_64) if bits == 64 else (_HEADER_32, _PROGRAM_HEADER_32, 1, _EM_386)
+    )
 
     def wrong(why: str, remedy: str = _REMEDY) -> ImageError:
         return ImageError(f"{what} {why}.", remedy)
 
     if head[:4] != ELF_MAGIC:
         raise wrong("holds no ELF image")
-    if len(head) >= 6 and head[4] != 2:
-        raise wrong("is a 32-bit ELF image" if head[4] == 1 else f"has an unknown ELF class {head[4]}")
+    if len(head) >= 6 and head[4] != elf_class:
+        narrow = "is a 32-bit ELF image without a multiboot header"
+        raise wrong(narrow if head[4] == 1 else f"has an unknown ELF class {head[4]}")
     if len(head) >= 6 and head[5] != 1:
         raise wrong("is a big-endian ELF image")
-    if len(head) < _HEADER.size:
+    if len(head) < header.size:
         raise wrong(f"is truncated: {len(head)} bytes are less than an ELF header", "Copy or install it again.")
-    ident, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, *_ = _HEADER.unpack_from(head)
-    if machine != _EM_X86_64:
+    ident, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, *_ = header.unpack_from(head)
+    if machine != expected:
         raise wrong(f"is for {_MACHINES.get(machine, f'machine type {machine}')}, not x86-64")
     if kind != _ET_EXEC:
         raise wrong(f"is {_TYPES.get(kind, f'an ELF file of unknown type {kind}')}, not a kernel")
     if ident[7] == _OSABI_GNU:
         raise wrong("is a program for Linux, not a kernel")
-    if phentsize != _PROGRAM_HEADER.size or not 0 < phnum <= MAX_PROGRAM_HEADERS:
+    if phentsize != program_header.size or not 0 < phnum <= MAX_PROGRAM_HEADERS:
         raise wrong(f"has {phnum} program headers of {phentsize} bytes, which no loader can use")
     if phoff + phnum * phentsize > MAX_HEAD:
         raise wrong(f"has its program headers at {phoff:#x}, not at the start of the file")
@@ -103,9 +113,8 @@ def parse_elf(head: bytes | bytearray, what: str) -> ElfImage:
         raise wrong("is truncated within its program headers", "Copy or install it again.")
     segments = []
     for index in range(phnum):
-        kind_, _flags, offset, vaddr, paddr, file_size, memory_size, _ = _PROGRAM_HEADER.unpack_from(
-            head, phoff + index * phentsize
-        )
+        fields = program_header.unpack_from(head, phoff + index * phentsize)
+        kind_, offset, vaddr, paddr, file_size, memory_size = (fields[0], *fields[2:7]) if bits == 64 else fields[:6]
         if kind_ == _PT_INTERP:
             raise wrong("is a program for an operating system, not a kernel")
         if kind_ != _PT_LOAD or not memory_size:

@@ -18,6 +18,10 @@ from vmf.machine.boot.elf import ELF_MAGIC, parse_elf
 HEAD_SIZE = 64 << 10
 """Bytes at the start of a file that are enough to say what it is."""
 
+MULTIBOOT_SEARCH = 8192
+"""A multiboot header lies within so many bytes from the start."""
+_MULTIBOOT_MAGIC = 0x1BADB002
+
 USE_X86_LINUX = "Use an x86-64 Linux kernel (bzImage or vmlinux), or a bare-metal image."
 
 KERNEL_MAP_BASE = 0xFFFF_FFFF_8000_0000
@@ -30,6 +34,7 @@ class ImageKind(enum.Enum):
     BZIMAGE = "Linux bzImage"
     VMLINUX = "Linux ELF kernel"
     ELF = "bare-metal ELF image"
+    MULTIBOOT = "multiboot image"
     FLAT = "flat bare-metal image"
 
     @property
@@ -141,6 +146,8 @@ def kind_of(image: ImageFile) -> ImageKind:
     """As `identify`, of an open file."""
     head = image.head
     if head[:4] == ELF_MAGIC:
+        if head[4:5] == b"\x01" and multiboot_header(head) is not None:
+            return ImageKind.MULTIBOOT
         elf = parse_elf(head, image.what)
         first = elf.segments[0]
         if first.vaddr == KERNEL_MAP_BASE + first.paddr and _says_linux(image):
@@ -163,6 +170,15 @@ def kind_of(image: ImageFile) -> ImageKind:
     if not text.strip(b"\0"):
         raise image.truncated(f"its first {len(text)} bytes are all zero")
     return ImageKind.FLAT
+
+
+def multiboot_header(head: bytes) -> int | None:
+    """The flags of the multiboot header, or None without one (Multiboot Specification 3.1)."""
+    for offset in range(0, min(len(head), MULTIBOOT_SEARCH) - 11, 4):
+        magic, flags, checksum = struct.unpack_from("<III", head, offset)
+        if magic == _MULTIBOOT_MAGIC and (magic + flags + checksum) & 0xFFFF_FFFF == 0:
+            return int(flags)
+    return None
 
 
 def _says_linux(image: ImageFile) -> bool:

@@ -1,7 +1,8 @@
 """Linux by the 64-bit boot protocol of x86 (Documentation/arch/x86/boot.rst and zero-page.rst in the kernel).
 
 The kernel is unpacked on the host and entered at the ELF entry point of vmlinux (startup_64), at the address it was
-linked for: the decompressor inside the bzImage never runs, and with it neither relocation nor KASLR. What the
+linked for: the decompressor inside the bzImage does not run, and with it neither relocation nor KASLR. Only a bzImage
+without a packed kernel, or with one packed in a way that is not known here, is entered itself. What the
 protocol asks for is what `longmode` sets up: 64-bit mode, identity-mapped, CS = 0x10, DS = ES = SS = 0x18,
 interrupts off, RSI = boot_params.
 
@@ -28,7 +29,7 @@ from vmf.machine.boot.longmode import (
     low_ram_end,
     write_environment,
 )
-from vmf.machine.boot.payload import unpack
+from vmf.machine.boot.payload import can_unpack, unpack
 from vmf.memory.guest import PAGE_SIZE, GuestMemory
 
 # Offsets in the setup header and, equally, in boot_params (boot.rst "The Real-Mode Kernel Header").
@@ -42,12 +43,17 @@ TYPE_OF_LOADER = 0x210
 LOADFLAGS = 0x211
 RAMDISK_IMAGE = 0x218
 RAMDISK_SIZE = 0x21C
+CODE32_START = 0x214
 CMD_LINE_PTR = 0x228
 INITRD_ADDR_MAX = 0x22C
 XLOADFLAGS = 0x236
 CMDLINE_SIZE = 0x238
 PAYLOAD_OFFSET = 0x248
 PAYLOAD_LENGTH = 0x24C
+PREF_ADDRESS = 0x258
+INIT_SIZE = 0x260
+ENTRY_64 = 0x200
+"""The 64-bit entry point, from where the protected-mode part was loaded."""
 # Offsets in boot_params only (zero-page.rst).
 ALT_MEM_K = 0x1E0
 E820_ENTRIES = 0x1E8
@@ -69,9 +75,11 @@ _DEFAULT_INITRD_MAX = 0x7FFF_FFFF
 
 @frozen
 class _Kernel:
-    """A kernel in RAM: `header` is its setup header, bytes 0x1F1 and up."""
+    """A kernel in RAM, to be entered at `entry`; up to `end` the RAM is its own. `header` is its setup header, bytes
+    0x1F1 and up."""
 
-    elf: ElfImage
+    entry: int
+    end: int
     header: bytes
     cmdline_size: int
     initrd_max: int
@@ -134,7 +142,7 @@ def load_linux(memory: GuestMemory, kernel: Path, initrd: Path | None, cmdline: 
         _put_initrd(memory, params, initrd, loaded)
     _put_memory_map(memory, params)
     memory.write(BOOT_PARAMS_GPA, params)
-    return initial_state(loaded.elf.entry, {"rsi": BOOT_PARAMS_GPA}, CR4_PAE, tsc_khz)
+    return initial_state(loaded.entry, {"rsi": BOOT_PARAMS_GPA}, CR4_PAE, tsc_khz)
 
 
 def _load_bzimage(memory: GuestMemory, image: ImageFile) -> _Kernel:
@@ -153,19 +161,41 @@ def _load_bzimage(memory: GuestMemory, image: ImageFile) -> _Kernel:
         raise image.wrong("has no 64-bit entry: it is a 32-bit kernel")
     start = ((head[SETUP_SECTS] or 4) + 1) * 512 + u32(head, PAYLOAD_OFFSET)
     length = u32(head, PAYLOAD_LENGTH)
-    if length == 0:
-        raise image.wrong("has no payload that could be unpacked", "Use its vmlinux.")
     if start + length > image.size:
         raise image.truncated(f"it has {image.size} bytes where {start + length} are needed")
     payload = memoryview(image.read(start, length))
-    elf = load_stream(unpack(payload, memory.size, image.what), memory, LOADER_END, image.what)
     header_end = min(JUMP + 2 + head[JUMP + 1], 0x290)  # the header ends where its first jump goes
-    return _Kernel(
-        elf,
-        head[SETUP_HEADER:header_end],
-        u32(head, CMDLINE_SIZE) or 255,
-        u32(head, INITRD_ADDR_MAX),
-    )
+    header = bytearray(head[SETUP_HEADER:header_end])
+    if can_unpack(payload):
+        elf = load_stream(unpack(payload, memory.size, image.what), memory, LOADER_END, image.what)
+        entry, end = elf.entry, elf.end
+    else:
+        entry, end = _place_as_it_is(memory, image, header)
+    return _Kernel(entry, end, bytes(header), u32(head, CMDLINE_SIZE) or 255, u32(head, INITRD_ADDR_MAX))
+
+
+def _place_as_it_is(memory: GuestMemory, image: ImageFile, header: bytearray) -> tuple[int, int]:
+    """Put the protected-mode part of a bzImage where it wants to be: what has no packed kernel in it (memtest86+), or
+    one that only its own code can unpack. Entry (boot.rst "64-bit BOOT PROTOCOL") and end."""
+    head = image.head
+    start = ((head[SETUP_SECTS] or 4) + 1) * 512
+    size = image.size - start
+    address = int.from_bytes(head[PREF_ADDRESS : PREF_ADDRESS + 8], "little") or LOADER_END
+    end = address + max(u32(head, INIT_SIZE), size)
+    if size <= ENTRY_64:
+        raise image.truncated(f"it has {image.size} bytes, of which {start} are 16-bit code")
+    if address < LOADER_END:
+        raise image.wrong(f"wants to be loaded at {address:#x}; below {LOADER_END:#x} is the loader's")
+    if end > low_ram_end(memory):
+        mib = -(-end // (1 << 20))
+        raise ImageError(
+            f"{image.what} needs RAM up to {end:#x}; the machine has {memory.size >> 20} MiB.",
+            f"Give it at least {mib} MiB with `vmf modifyvm NAME --memory {mib}`.",
+        )
+    with memory.view(address, size) as view:
+        image.read_into(start, view)
+    struct.pack_into("<I", header, CODE32_START - SETUP_HEADER, address)
+    return address + ENTRY_64, end
 
 
 def _load_vmlinux(memory: GuestMemory, image: ImageFile) -> _Kernel:
@@ -183,7 +213,7 @@ def _load_vmlinux(memory: GuestMemory, image: ImageFile) -> _Kernel:
     put("<I", INITRD_ADDR_MAX, _DEFAULT_INITRD_MAX)
     put("<H", XLOADFLAGS, XLF_KERNEL_64)
     put("<I", CMDLINE_SIZE, _DEFAULT_CMDLINE_SIZE)
-    return _Kernel(elf, bytes(header), _DEFAULT_CMDLINE_SIZE, _DEFAULT_INITRD_MAX)
+    return _Kernel(elf.entry, elf.end, bytes(header), _DEFAULT_CMDLINE_SIZE, _DEFAULT_INITRD_MAX)
 
 
 def load_elf_file(memory: GuestMemory, image: ImageFile) -> ElfImage:
@@ -217,10 +247,10 @@ def _put_initrd(memory: GuestMemory, params: bytearray, path: Path, kernel: _Ker
     top = min(low_ram_end(memory), kernel.initrd_max + 1)
     with open_image("initrd", path) as image:
         start = (top - image.size) & ~(PAGE_SIZE - 1)
-        if start < kernel.elf.end:
-            mib = -(-(kernel.elf.end + image.size + PAGE_SIZE) // (1 << 20))
+        if start < kernel.end:
+            mib = -(-(kernel.end + image.size + PAGE_SIZE) // (1 << 20))
             raise ImageError(
-                f"{image.what} ({image.size} bytes) does not fit between the kernel's end at {kernel.elf.end:#x} and "
+                f"{image.what} ({image.size} bytes) does not fit between the kernel's end at {kernel.end:#x} and "
                 f"{top:#x}.",
                 f"Give the machine at least {mib} MiB with `vmf modifyvm NAME --memory {mib}`."
                 if top == low_ram_end(memory)

@@ -125,6 +125,14 @@ _FORMATS: tuple[tuple[bytes, str, _Unpacker | None, bool], ...] = (
 )
 
 
+def can_unpack(payload: memoryview) -> bool:
+    """Whether there is a payload, in a form that `unpack` knows."""
+    start = payload[:8].tobytes()
+    return start.startswith(ELF_MAGIC) or any(
+        start.startswith(magic) and unpacker is not None for magic, _, unpacker, _ in _FORMATS
+    )
+
+
 def unpack(payload: memoryview, limit: int, what: str) -> Iterator[memoryview]:
     """Yield the unpacked kernel in pieces. Raises ImageError naming `what` on any damage.
 
