@@ -26,7 +26,7 @@ def complete_backends(ctx: click.Context, param: click.Parameter, incomplete: st
 
 def _hardware_options(function: F) -> F:
     options = [
-        click.option("--kernel", metavar="FILE", help="What to boot: a Linux kernel (bzImage, vmlinux) or a multiboot image."),
+        click.option("--kernel", metavar="FILE", help="Linux kernel (bzImage or vmlinux) or multiboot image to boot."),
         click.option("--initrd", metavar="FILE", help="Initial RAM disk for the kernel."),
         click.option("--cmdline", metavar="TEXT", help="Kernel command line (default: vmf's usual one)."),
         click.option("--image", metavar="FILE", help="Bare-metal image, flat or ELF, instead of a kernel."),
