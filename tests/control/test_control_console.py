@@ -117,7 +117,7 @@ def test_what_was_typed_by_someone_who_left_at_once_arrives(home: Home, console:
     machine.room = 3
     with reach(home, "vm", CONSOLE) as brief:
         brief.sendall(b"abcdef")
-    time.sleep(0.2)
+    settled(home, b"endabc")
     machine.print(b"to nobody")  # which shows that nobody is there
     settled(home, b"to nobody")
     machine.room = 100
