@@ -34,7 +34,6 @@ _MAP_GPA = INFO_GPA + 0x100
 _MODULE_GPA = INFO_GPA + 0x300
 _NAME_GPA = INFO_GPA + 0x340
 STRINGS_GPA = 0x20000
-_MAX_STRING = 0x4_0000
 _LOADER_NAME = b"vmf\0"
 
 # Bits of `flags` in the information structure, and of the header (sections 3.3 and 3.1.2).
@@ -86,8 +85,6 @@ def load_multiboot(
         memory.write(_MODULE_GPA, struct.pack("<4I", start, end, module, 0))
         struct.pack_into("<II", info, 20, 1, _MODULE_GPA)
         flags |= INFO_MODULES
-    if len(strings) > _MAX_STRING:
-        raise ConfigError(f"cmdline: it is longer than {_MAX_STRING} bytes.", "Shorten the command line.")
     memory.write(STRINGS_GPA, strings)
     table = _memory_map(memory)
     memory.write(_MAP_GPA, table)
