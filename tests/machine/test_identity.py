@@ -11,8 +11,9 @@ from typing import Any
 import attrs
 import pytest
 
+from vmf import host
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError
-from vmf.machine import host, identity
+from vmf.machine import identity
 from vmf.machine.config import MachineConfig
 from vmf.machine.home import Home
 from vmf.machine.journal import FileJournal, in_doubt

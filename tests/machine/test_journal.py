@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vmf import host
 from vmf.errors import InvalidStateError
-from vmf.machine import host
 from vmf.machine.config import MachineConfig
 from vmf.machine.doubt import refuse_in_doubt
 from vmf.machine.home import Home

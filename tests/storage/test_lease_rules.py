@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from attrs import evolve, frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmf import host
 from vmf.errors import ImageInUse, LeaseLost, StorageError
 from vmf.machine.storage import MachineStorage
 from vmf.storage import holder
@@ -123,16 +125,19 @@ def test_a_lock_that_reaches_one_host(heir: Owner, held: bool, offered: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("files", "identity"),
+    ("content", "identity"),
     [
-        ({"/etc/machine-id": "0123456789abcdef" * 2}, "0123456789abcdef" * 2),
-        ({"/etc/machine-id": "uninitialized", "/var/lib/dbus/machine-id": "a" * 32}, ""),
-        ({"/etc/machine-id": "uninitialized"}, ""), ({"/etc/machine-id": "0" * 32}, ""),
-        ({"/etc/machine-id": "x"}, ""), ({}, ""),
+        ("0123456789abcdef" * 2 + "\n", "0123456789abcdef" * 2),
+        ("uninitialized\n", ""), ("0" * 32, ""), ("x", ""), ("", ""), (None, ""),
     ],
 )  # fmt: skip
-def test_the_identity_of_this_host(files: dict[str, str], identity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holder, "_first_line", lambda path: files.get(path, ""))
+def test_the_identity_of_this_host(
+    content: str | None, identity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "machine-id"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(host, "_MACHINE_ID", str(file))
     assert holder.this_owner("vm", "u").host_id == identity
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from vmf import record_locks
 from vmf.errors import ImageInUse
-from vmf_storage_file import kernel, qemulocks
+from vmf_storage_file import qemulocks
 from vmf_storage_file.driver import FileDriver
 
 MIB = 1 << 20
@@ -85,7 +86,7 @@ def held(path: str) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         end = time.monotonic() + 60
         descriptor = os.open(path, os.O_RDWR)
         try:
-            while not kernel.is_locked(descriptor, until):
+            while not record_locks.is_locked(descriptor, until):
                 assert process.poll() is None, "it ended"
                 assert time.monotonic() < end, "it does not take the image"
                 time.sleep(0.01)
@@ -153,19 +154,19 @@ def test_the_bytes(driver: FileDriver, path: str) -> None:
     other = os.open(path, os.O_RDWR)
     for read_only, bytes_ in ((False, [100, 101, 201, 203]), (True, [100, 201, 203])):
         image = driver.open(path, read_only)
-        assert [offset for offset in range(90, 210) if kernel.is_locked(other, offset)] == bytes_
+        assert [offset for offset in range(90, 210) if record_locks.is_locked(other, offset)] == bytes_
         image.close()
     os.close(other)
 
 
 def test_an_attempt_that_fails_leaves_no_locks(driver: FileDriver, path: str) -> None:
     other = os.open(path, os.O_RDWR)
-    kernel.lock(other, qemulocks.USES + qemulocks.WRITE, exclusive=False)
+    record_locks.lock(other, qemulocks.USES + qemulocks.WRITE, exclusive=False)
     for read_only in (False, True):
         with pytest.raises(ImageInUse, match="another program"):
             driver.open(path, read_only)
-    kernel.unlock(other, qemulocks.USES + qemulocks.WRITE)
-    assert not any(kernel.is_locked(other, offset) for offset in range(100, 204))
+    record_locks.unlock(other, qemulocks.USES + qemulocks.WRITE)
+    assert not any(record_locks.is_locked(other, offset) for offset in range(100, 204))
     driver.open(path, False).close()
     os.close(other)
 

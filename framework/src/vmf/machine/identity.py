@@ -26,8 +26,8 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from vmf import host
 from vmf.errors import InvalidStateError
-from vmf.machine import host
 from vmf.machine.files import write_atomically
 
 FILE = "identity.json"

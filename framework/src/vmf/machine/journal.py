@@ -17,8 +17,9 @@ from typing import Any
 
 from attrs import evolve
 
+from vmf import host
 from vmf.machine import home as homes
-from vmf.machine import host, shelf
+from vmf.machine import shelf
 from vmf.machine.home import Home
 from vmf.machine.identity import Owner
 from vmf.teleport.journal import Entry, Testimony

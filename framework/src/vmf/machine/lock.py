@@ -26,7 +26,6 @@ import errno
 import fcntl
 import json
 import os
-import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from typing import Any
 import attrs
 from attrs import evolve, frozen
 
+from vmf import host, record_locks
 from vmf.errors import InvalidStateError
-from vmf.machine import host
 
 FILE = "lock"
 RUN = "run"
@@ -51,9 +50,7 @@ _UNNAMED_S = 0.2
 """Between its locking and its writing who it is a process is held up for moments only."""
 _BYTE = 1 << 61
 """The byte that is locked, far behind the text: SMB's locks keep others from reading what they cover."""
-_F_OFD_GETLK, _F_OFD_SETLK = 36, 37  # <asm-generic/fcntl.h>
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF})
+_NO_LOCKS = record_locks.NO_LOCKS | {errno.EBADF}
 
 
 class NoLocks(Exception):
@@ -252,7 +249,7 @@ class MachineLock:
                 raise
             return False
         with contextlib.suppress(OSError):  # then only the file's lock is seen
-            _lock(self._folder, fcntl.F_RDLCK)
+            record_locks.lock(self._folder, _BYTE, exclusive=False)
         return True
 
     def _lock_file(self) -> tuple[int, bool]:
@@ -261,7 +258,7 @@ class MachineLock:
         while True:
             file = os.open(FILE, flags, 0o600, dir_fd=self._folder)
             try:
-                if not _lock(file, fcntl.F_WRLCK):
+                if not record_locks.lock(file, _BYTE, exclusive=True):
                     raise Held
                 if self._in_place(file):
                     return file, True
@@ -432,19 +429,8 @@ def _read(file: int) -> Holder | None:
     return Holder()  # cut short by a crash of the host
 
 
-def _lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.fcntl(descriptor, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, _BYTE, 1, 0))
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
-
-
 def _is_locked(descriptor: int) -> bool:
     try:
-        answer = fcntl.fcntl(descriptor, _F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _BYTE, 1, 0))
+        return record_locks.is_locked(descriptor, _BYTE)
     except OSError:
         return False
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

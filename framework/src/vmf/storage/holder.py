@@ -15,14 +15,12 @@ lock works, the lock closes that gap: nobody else gets it while we live. docs/ex
 from __future__ import annotations
 
 import os
-import re
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from vmf import host
 from vmf.errors import ImageInUse, LeaseLost, StorageError
 from vmf.storage import lease as rules
 from vmf.storage.base import LeaseStore
@@ -38,28 +36,11 @@ def this_owner(machine: str, uuid: str) -> Owner:
         incarnation=secrets.token_hex(16),
         machine=machine,
         uuid=uuid,
-        host=socket.gethostname(),
-        host_id=_host_id(),
-        boot_id=_first_line("/proc/sys/kernel/random/boot_id"),
+        host=host.host_name(),
+        host_id=host.machine_id(),
+        boot_id=host.boot_id(),
         pid=os.getpid(),
     )
-
-
-def _host_id() -> str:
-    """The machine id (machine-id(5)); "" where there is none that could name a host.
-
-    D-Bus's own (/var/lib/dbus/machine-id) is not asked instead: where a template's machine id was taken out, so that
-    each host makes its own, that one is often left over.
-    """
-    found = _first_line("/etc/machine-id")
-    return found if re.fullmatch(r"[0-9a-f]{32}", found) and rules.is_identity(found) else ""
-
-
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def read_record(store: LeaseStore) -> Record:

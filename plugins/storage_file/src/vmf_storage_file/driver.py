@@ -18,6 +18,7 @@ import shlex
 import stat
 from collections.abc import Callable
 
+from vmf import record_locks
 from vmf.errors import ConfigError, ImageInUse, NotFoundError, StorageError
 from vmf.storage import formats, sparse
 from vmf.storage.base import SECTOR_SIZE, ImageInfo, ImageMark, LeaseStore, StorageDriver, StorageImage
@@ -100,7 +101,7 @@ class FileDriver(StorageDriver):
         try:
             # Where locks reach this host only, another one would not see it.
             local = not _is_file(descriptor) or mounts.local_locks(*mounts.mount_of(descriptor))
-            if not local and kernel.lock(descriptor, MARKS + number, exclusive=False):
+            if not local and record_locks.lock(descriptor, MARKS + number, exclusive=False):
                 return _LockMark(f"lock:{number}", descriptor)
         except OSError:
             pass  # no locks there
@@ -119,7 +120,7 @@ class FileDriver(StorageDriver):
             return False
         descriptor = _open(path, os.O_RDONLY)
         try:
-            return kernel.is_locked(descriptor, MARKS + number)
+            return record_locks.is_locked(descriptor, MARKS + number)
         except OSError:
             return False
         finally:
@@ -175,7 +176,7 @@ def _lock(path: str, descriptor: int, *, exclusive: bool) -> None:
     """Keep other machines and QEMU's programs out until the descriptor is closed. Raises ImageInUse, StorageError."""
     used = "used" if exclusive else "written"
     try:
-        if not kernel.lock(descriptor, IMAGE_LOCK, exclusive=exclusive):
+        if not record_locks.lock(descriptor, IMAGE_LOCK, exclusive=exclusive):
             raise ImageInUse(
                 f"{path} is {used} by another machine.", "`vmf media locks` shows by which. Stop that one first."
             )
@@ -187,7 +188,7 @@ def _lock(path: str, descriptor: int, *, exclusive: bool) -> None:
                 f"Stop that one first; on its host `fuser -v {shlex.quote(path)}` names it.",
             )
     except OSError as error:
-        if error.errno not in kernel.NO_LOCKS:
+        if error.errno not in record_locks.NO_LOCKS:
             raise explain(path, "locked", error) from error
         # A file system without locks: the lease's record alone decides.
 

@@ -1,27 +1,15 @@
-"""The kernel's calls that Python has no names for, or only slow ones: record locks of open files, fallocate, kinds of
-file systems, transfers of many pieces of guest RAM.
-
-Locks are *open file description* locks (fcntl(2), F_OFD_SETLK): they belong to the open file, not to the process, so
-that two machines in one process exclude each other, and closing some other descriptor of the file frees nothing. The
-kernel frees them when the last descriptor is closed, however the process ends. Over NFS and SMB they are locks at the
-server. On an image they cover single bytes far behind its end (SMB's locks are mandatory: one that covered data would
-keep out its own readers).
-"""
+"""The kernel's calls that Python has no names for, or only slow ones: fallocate, kinds of file systems, transfers of
+many pieces of guest RAM."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
-import struct
 from collections.abc import Callable, Sequence
 
 from vmf.memory.scattered import RamRanges
-
-F_OFD_GETLK, F_OFD_SETLK = 36, 37  # <asm-generic/fcntl.h>; `fcntl` has no names for them before Python 3.9 everywhere
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 FALLOC_FL_KEEP_SIZE = 0x01  # <linux/falloc.h>
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -46,36 +34,10 @@ for _function in (_preadv2, _pwritev2):
         _function.restype = ctypes.c_ssize_t
 
 
-def lock(descriptor: int, offset: int, *, exclusive: bool) -> bool:
-    """Try to lock one byte; False when somebody else has it. Raises OSError where there are no locks."""
-    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
-    try:
-        fcntl.fcntl(descriptor, F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0))
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
-
-
-NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-"""What the calls below raise where a file system has no record locks."""
-
-
 def let_group_write(descriptor: int) -> None:
     """Give a file that was just made mode 0660, whatever the umask is: both hosts of a teleport write it."""
     with contextlib.suppress(OSError):  # a file system without modes
         os.fchmod(descriptor, 0o660)
-
-
-def unlock(descriptor: int, offset: int) -> None:
-    fcntl.fcntl(descriptor, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, offset, 1, 0))
-
-
-def is_locked(descriptor: int, offset: int) -> bool:
-    """Whether another open file has any lock on that byte."""
-    answer = fcntl.fcntl(descriptor, F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:

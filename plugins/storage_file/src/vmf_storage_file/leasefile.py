@@ -15,6 +15,7 @@ import mmap
 import os
 import threading
 
+from vmf import record_locks
 from vmf.errors import StorageError
 from vmf.storage.base import AREA_SIZE, LeaseStore
 from vmf_storage_file import kernel, mounts
@@ -109,10 +110,10 @@ class LeaseFile(LeaseStore):
                 "Whoever writes the image must be able to write that file: look at the permissions.",
             )
         try:
-            if not kernel.lock(self._descriptor, LOCK, exclusive=True):
+            if not record_locks.lock(self._descriptor, LOCK, exclusive=True):
                 return False
         except OSError as error:
-            if error.errno not in kernel.NO_LOCKS:
+            if error.errno not in record_locks.NO_LOCKS:
                 raise explain(self.place, "locked", error) from error
             self.excludes = self.excludes_here = False
             self.weakness = self.weakness or f"its file system has no locks ({error.strerror})"
@@ -127,7 +128,7 @@ class LeaseFile(LeaseStore):
     def unlock(self) -> None:
         if self._locked:
             self._locked = False
-            kernel.unlock(self._descriptor, LOCK)
+            record_locks.unlock(self._descriptor, LOCK)
 
     def still_locked(self) -> bool:
         return not self.excludes_here or (self._locked and os.fstat(self._descriptor).st_nlink > 0)
@@ -140,7 +141,7 @@ class LeaseFile(LeaseStore):
 
     def locked_elsewhere(self) -> bool:
         try:
-            return kernel.is_locked(self._descriptor, LOCK)
+            return record_locks.is_locked(self._descriptor, LOCK)
         except OSError:
             return False
 

@@ -12,7 +12,7 @@ long as locks are advisory. SMB's are mandatory: there none are set.
 
 from __future__ import annotations
 
-from vmf_storage_file import kernel
+from vmf import record_locks
 
 USES, KEEPS = 100, 200
 READ, WRITE, RESIZE = 0, 1, 3
@@ -31,7 +31,7 @@ def take(descriptor: int, *, exclusive: bool) -> bool:
     """
     uses = (READ, WRITE) if exclusive else (READ,)
     own = (*(USES + each for each in uses), *(KEEPS + each for each in KEPT))
-    if not all(kernel.lock(descriptor, offset, exclusive=False) for offset in own):
+    if not all(record_locks.lock(descriptor, offset, exclusive=False) for offset in own):
         return False  # a program that is not QEMU locks whole ranges
     against = (*(KEEPS + each for each in uses), *(USES + each for each in KEPT))
-    return not any(kernel.is_locked(descriptor, offset) for offset in against)
+    return not any(record_locks.is_locked(descriptor, offset) for offset in against)

@@ -8,7 +8,7 @@ import re
 import socket
 from pathlib import Path
 
-_MACHINE_IDS = ("/etc/machine-id", "/var/lib/dbus/machine-id")
+_MACHINE_ID = "/etc/machine-id"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 _OWN_DISK = frozenset({  # statfs(2), f_type: ext4, XFS, btrfs, tmpfs, ZFS, F2FS, bcachefs, ramfs, JFS
@@ -28,15 +28,17 @@ def host_name() -> str:
 
 
 def machine_id() -> str:
-    """Names this installation (machine-id(5)); "" where there is none yet."""
-    for path in _MACHINE_IDS:
-        try:
-            found = Path(path).read_text("ascii").strip()
-        except (OSError, ValueError):
-            continue
-        if re.fullmatch("[0-9a-f]{32}", found):  # "uninitialized", say, is none
-            return found
-    return ""
+    """Names this installation (machine-id(5)); "" where there is none that could.
+
+    D-Bus's own (/var/lib/dbus/machine-id) is not asked instead: where a template's machine id was taken out, so that
+    each host makes its own, that one is often left over.
+    """
+    try:
+        found = Path(_MACHINE_ID).read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""
+    # systemd's placeholder is "uninitialized"
+    return found if re.fullmatch("[0-9a-f]{32}", found) and found.strip("0") else ""
 
 
 def boot_id() -> str:
