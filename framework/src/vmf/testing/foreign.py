@@ -39,6 +39,7 @@ _COMPARED = 1 << 16
 """Bytes of the output of which a difference is shown; compared is all of it."""
 _SHOWN_LINES = 20
 _NO_RESULT = -1
+_SUMMARY = re.compile(rb"SUMMARY: \d+ tests(?:, (\d+) unexpected failures)?[^\n]*\n")
 
 # The guest says "@@ NAME begin", "@@ NAME ended STATUS DIGEST", lines of a difference after "@|", and "@@ all ended".
 _SCRIPT = """\
@@ -210,3 +211,20 @@ def _read(heard: bytes) -> tuple[dict[str, Outcome], str | None]:
     if current is None:
         raise RuntimeError(f"the guest did not come to its first program: ...{heard[-500:]!r}")
     return outcomes, current
+
+
+def run_image(host: Host, image: Path, seconds: float) -> str:
+    """Boot an image of kvm-unit-tests: "pass", "fail: N", or "no result" when it has not summed up after that time."""
+    machine = MachineConfig(name="foreign", memory_mib=128, kernel=image, cmdline="", cpu_backend="unicorn")
+    host.define(machine)
+    host.start(machine.name)
+    end = time.monotonic() + seconds
+    while (found := _SUMMARY.search(host.output(machine.name))) is None and time.monotonic() < end:
+        if host.pid(machine.name) is None:
+            break
+        time.sleep(0.1)
+    host.kill(machine.name)
+    host.wait_gone(machine.name)
+    if found is None:
+        return "no result"
+    return f"fail: {int(found[1])}" if found[1] else "pass"
