@@ -18,9 +18,10 @@ from pathlib import Path
 import attrs
 import pytest
 
+from vmf import host
 from vmf.control.client import ControlClient
 from vmf.errors import InvalidStateError
-from vmf.machine import death, host
+from vmf.machine import death
 from vmf.machine import lock as locks
 from vmf.machine.config import MachineConfig
 from vmf.machine.home import Home
