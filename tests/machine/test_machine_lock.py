@@ -18,7 +18,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from vmf import host
+from vmf import host, record_locks
 from vmf.control.client import ControlClient
 from vmf.errors import InvalidStateError
 from vmf.machine import death
@@ -235,7 +235,7 @@ def test_the_file_is_made_again(home: Home) -> None:
         path.unlink()
         path.touch()
         other = os.open(path, os.O_RDWR)
-        assert locks._lock(other, fcntl.F_WRLCK)
+        assert record_locks.lock(other, locks._BYTE, exclusive=True)
         assert not tenure.renew(), "another host's"
         os.close(other)
     assert home.resting_state("vm") == "poweredoff"
@@ -315,7 +315,7 @@ def test_a_lock_that_another_host_s_death_left_at_the_server(home: Home, shared:
     leave(home, OTHER)
     theirs = os.open(home.paths("vm").lock, os.O_RDWR)
     try:
-        assert locks._lock(theirs, fcntl.F_WRLCK)
+        assert record_locks.lock(theirs, locks._BYTE, exclusive=True)
         holder = home.process("vm")
         assert holder is not None
         assert holder.where == "process 77 on host alpha?[2J"
