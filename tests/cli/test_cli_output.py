@@ -153,3 +153,11 @@ def test_standard_input_is_read_to_the_end_of_the_line_only(tmp_path: Path) -> N
     assert os.read(reader, 100) == b"and what others read"
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "1e300", "-1", "0", "soon"])
+def test_a_time_limit_is_a_number_that_can_be_counted(shell: Shell, given: str) -> None:
+    done = shell(f"$VMF controlvm web teleport --host localhost --port 1 --timeout {given}")
+    assert done.returncode == 2
+    assert "--timeout" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,7 +1,7 @@
 """Reading files that people name: a pipe whose other end stays silent is not waited for without end.
 
 Opening a FIFO blocks until a program writes to it, and reading a terminal or a pipe until something comes. An image
-must be a regular file (or a block device); a password or a list may come through a pipe, as in
+and the files of a home must be regular (or a block device); a password or a list may come through a pipe, as in
 `--password-file <(pass show vmf)`, within a time limit.
 """
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import select
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 PIPE_SECONDS = 60.0
 """For what comes through a pipe: long enough for a person to type a passphrase into the program at its other end."""
+_PIPE = "it is a pipe, not a file"
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:
@@ -33,6 +36,42 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_text(path: str | Path) -> str:
+    """All of a regular file, as UTF-8. Raises OSError; UnicodeDecodeError, a ValueError."""
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The JSON object that a regular file holds. Raises OSError; ValueError when it holds anything else."""
+    try:
+        found = json.loads(read_text(path))
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
+def open_to_append(path: str | Path) -> int:
+    """A descriptor of a log, made with mode 0600 when there is none; devices will do. Raises OSError.
+
+    A pipe is an error (EINVAL): a program that does not read it would hold up who writes the log.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe that no program reads
+            raise OSError(errno.EINVAL, _PIPE, str(path)) from None
+        raise
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, _PIPE, str(path))
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def read_file(path: str | Path, most: int) -> tuple[bytes, os.stat_result]:

@@ -21,6 +21,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 NONE = "none"
 """Written for an option that names something, it takes that out of the definition."""
 
+MOST_SECONDS = 1e9
+"""More than 31 years: no limit, to all intents."""
+
 
 def home() -> Home:
     """The host's state, as VMF_HOME or the user's directories have it."""
@@ -58,6 +61,16 @@ class Mebibytes(_IntType):
 
 
 MEBIBYTES = Mebibytes()
+
+
+class Seconds(click.FloatRange):
+    """A span of time that can be counted: neither "nan" nor "inf"."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not seconds <= MOST_SECONDS:
+            self.fail(f"{value} is no number of seconds up to {MOST_SECONDS:.0f}.", param, ctx)
+        return seconds
 
 
 def installed(kind: str, name: str) -> None:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from vmf.cli.app import json_option
 from vmf.cli.cancelling import Cancelling
-from vmf.cli.common import home, machine_argument, printable, say
+from vmf.cli.common import Seconds, home, machine_argument, printable, say
 from vmf.cli.media import change_medium
 from vmf.cli.password import password_from
 from vmf.cli.watch import switch_backend, trace
@@ -143,7 +143,7 @@ def reset(name: str) -> None:
     metavar="MS",
     help="Goal for the time the guest stands still, milliseconds.",
 )
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Give up after S seconds.")
+@click.option("--timeout", type=Seconds(min=0, min_open=True), metavar="S", help="Give up after S seconds.")
 @click.option(
     "--transport", default="tcp", show_default=True, metavar="tcp|tls", help="Transport plugin; tls encrypts."
 )

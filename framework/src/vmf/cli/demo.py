@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmf.cli.common import duration, say
+from vmf.cli.common import Seconds, duration, say
 from vmf.errors import MachineError, VmfError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ done
     "--guest", type=click.Choice(["auto", "linux", "builtin"]), default="auto", show_default=True, help="What to boot."
 )
 @click.option("--hops", type=click.IntRange(1, 1000), default=2, show_default=True, help="How often it teleports.")
-@click.option("--stay", type=float, default=3.0, show_default=True, help="Seconds that it stays at each host.")
+@click.option("--stay", type=Seconds(min=0), default=3.0, show_default=True, help="Seconds that it stays at each host.")
 @click.option("--cpu-backend", default="auto", show_default=True, help="Of both hosts.")
 @click.option("--memory", type=click.IntRange(32), default=128, show_default=True, help="Guest RAM in MiB.")
 def demo(guest: str, hops: int, stay: float, cpu_backend: str, memory: int) -> None:

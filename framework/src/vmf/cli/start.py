@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from vmf.cli.app import json_option
-from vmf.cli.common import home, machine_argument, say
+from vmf.cli.common import Seconds, home, machine_argument, say
 from vmf.cli.password import password_from
 from vmf.control import terminal
 from vmf.control.process import Observer, continuation, run_machine_process, spawn_detached
@@ -111,7 +111,7 @@ def startvm(
 @click.option("--no-scrollback", is_flag=True, help="Show only what comes from now on.")
 @click.option(
     "--linger",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=1.0,
     show_default=True,
     metavar="S",

@@ -33,6 +33,7 @@ from vmf.control import console_frames as frames
 from vmf.control import sockets
 from vmf.control.terminal_queries import without_queries
 from vmf.machine.tenure import MachinePaths
+from vmf.reading import open_to_append
 
 log = logging.getLogger("vmf.console")
 
@@ -427,7 +428,7 @@ class ConsoleServer:
                 self._log = -1
             if self._log_path.exists():
                 os.replace(self._log_path, self._log_path.with_name(self._log_path.name + ".1"))
-            self._log = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._log = open_to_append(self._log_path)
             self._log_size = 0
         except OSError as error:
             self._stop_logging(error)

@@ -38,6 +38,7 @@ from vmf.control.vmm_log import MachineLog, rotate
 from vmf.errors import InvalidStateError, MachineError, OperationCancelled, TeleportCancelled, VmfError
 from vmf.machine.config import MachineConfig
 from vmf.machine.home import Home, Tenure
+from vmf.reading import open_to_append
 
 log = logging.getLogger("vmf.process")
 
@@ -316,7 +317,7 @@ def spawn_detached(
         private_directory(paths.logs)
         rotate(paths.vmm_log)
     try:
-        vmm_log = os.open(paths.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        vmm_log = open_to_append(paths.vmm_log)
     except OSError as error:
         raise explained(error, paths.vmm_log) from error
     reader, writer = (_above_streams(each) for each in os.pipe())

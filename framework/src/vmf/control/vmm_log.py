@@ -18,6 +18,7 @@ from typing import BinaryIO, Self
 
 from vmf.errors import VmfError
 from vmf.machine.death import BEGIN
+from vmf.reading import open_to_append
 
 LIMIT = 1 << 20
 """Bytes after which a start begins a new file."""
@@ -54,7 +55,7 @@ class MachineLog:
         else:  # in the foreground
             rotate(self._path)
             try:
-                file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                file = open_to_append(self._path)
             except OSError as error:
                 _log.warning("%s cannot be written: %s.", self._path, error.strerror)
                 return self

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from vmf.machine.lock import Holder, printable
+from vmf.reading import open_regular
 
 BEGIN = "==== "
 """How the lines of one run begin in vmm.log."""
@@ -30,7 +31,7 @@ def explain(holder: Holder, vmm_log: Path) -> str:
 def _crash(vmm_log: Path) -> str:
     """What the last run in the log died of; "" for no crash."""
     try:
-        with vmm_log.open("rb") as file:
+        with open_regular(vmm_log) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
             text = file.read().decode("utf-8", "replace")
     except OSError:

@@ -207,9 +207,10 @@ def resolve_orphan(
 
 
 def refuse_in_doubt(home: Home, name: str) -> None:
-    """Raise InvalidStateError when starting the machine anew could make two of it."""
-    from vmf.machine.journal import in_doubt
+    """Raise when starting the machine anew could make two of it: InvalidStateError; HomeError where none can tell."""
+    from vmf.machine.journal import in_doubt, refuse_unreadable
 
+    refuse_unreadable(home, name)
     entry = in_doubt(home, name)
     if entry is not None:
         raise InvalidStateError(

@@ -72,6 +72,8 @@ def explained(error: OSError, path: Path) -> HomeError:
         ),
         errno.ENOTDIR: ("cannot be made: something on its path is not a directory", place),
         errno.EBUSY: ("cannot be replaced: it is a mount point, or in use", "Mount its directory instead of the file."),
+        errno.EISDIR: ("is a directory, not a file", "Move it away."),
+        errno.EINVAL: (f"cannot be used: {error.strerror or error}", "Move it away."),
         errno.EEXIST: ("is there, but is not a directory", place),
     }
     reason, remedy = remedies.get(error.errno or 0, (f"cannot be used: {error.strerror or error}", place))

@@ -46,6 +46,7 @@ from vmf.machine.identity import Owner
 from vmf.machine.lock import Holder, MachineLock, Sight
 from vmf.machine.tenure import MachinePaths as MachinePaths
 from vmf.machine.tenure import Tenure as Tenure
+from vmf.reading import read_record, read_text
 
 LOCK_SECONDS = 10.0
 
@@ -102,7 +103,9 @@ class Home:
         path = self.paths(name).definition
         try:
             config = configuration.load(path)
-        except FileNotFoundError:
+            if not identity.uuid_in(path):
+                config = self._identified(path, config)
+        except FileNotFoundError:  # at any moment: another command may have unregistered it
             raise self._not_found(name) from None
         if config.name != name:
             raise ConfigError(
@@ -110,12 +113,15 @@ class Home:
                 f"Is it a copy? `vmf modifyvm {name} --uuid new` makes it a machine of its own. "
                 f'Was it renamed? Write name = "{name}".',
             )
-        if not identity.uuid_in(path):
-            with suppress(HomeError), self._locked():
-                if not identity.uuid_in(path):  # written by hand: it is the same machine at every look
-                    write_atomically(path, f'uuid = "{config.uuid}"\n{path.read_text("utf-8")}')
-            config = configuration.load(path)
         return config
+
+    def _identified(self, path: Path, config: MachineConfig) -> MachineConfig:
+        """With a UUID that stays: it is the same machine at every look. For a definition that was written by hand."""
+        if config.name == path.parent.name:
+            with suppress(HomeError), self._locked():
+                if not identity.uuid_in(path):
+                    write_atomically(path, f'uuid = "{config.uuid}"\n{read_text(path)}')
+        return configuration.load(path)
 
     def create(self, config: MachineConfig) -> Path | None:
         """Define a new machine. Raises ConfigError when the name is taken.
@@ -257,11 +263,11 @@ class Home:
     def last_run(self, name: str) -> dict[str, Any]:
         """What the last run left behind: {"state", "detail", "at" (seconds since the epoch)}, or {}."""
         try:
-            found = json.loads(self.paths(name).last.read_text("utf-8"))
+            found = read_record(self.paths(name).last)
         except (OSError, ValueError):
             return {}
         paths = self.paths(name)
-        own = isinstance(found, dict) and Owner.of(paths.directory).owns(paths.last, found.get("uuid"))
+        own = Owner.of(paths.directory).owns(paths.last, found.get("uuid"))
         return found if own else {}
 
     def resting_state(self, name: str) -> str:
@@ -338,16 +344,22 @@ class Home:
                 "started twice.",
                 "Set VMF_HOME to a directory on a file system that has them.",
             ) from None
+        except FileNotFoundError:
+            raise self._not_found(name) from None
         except OSError as error:
             raise explained(error, paths.lock) from error
         seen = lock.sight()
+        if not paths.definition.exists():  # it was unregistered between our looking and our locking
+            lock.abandon()
+            raise self._not_found(name)
         if seen.elsewhere is not None:
             lock.abandon()
             raise locks.refusal_elsewhere(name, seen.elsewhere)
         try:
             if seen.left is not None and (state := self._resting_state(name, seen)) != "uncertain":
                 self.record_end(name, state, death.explain(seen.left, paths.vmm_log))  # a doubt is in the journal
-            (paths.runtime / "pid").unlink(missing_ok=True)
+            with suppress(OSError):
+                (paths.runtime / "pid").unlink()  # of an earlier vmf
             if strict:
                 self._claim(name)
         except BaseException:

@@ -29,6 +29,7 @@ from attrs import frozen
 from vmf import host
 from vmf.errors import InvalidStateError
 from vmf.machine.files import write_atomically
+from vmf.reading import read_record, read_text
 
 FILE = "identity.json"
 DEFINITION = "machine.toml"
@@ -95,7 +96,7 @@ class Owner:
 def uuid_in(definition: Path) -> str:
     """The UUID of a definition; "" when it has none, or cannot be read."""
     try:
-        found = tomllib.loads(definition.read_text("utf-8")).get("uuid")
+        found = tomllib.loads(read_text(definition)).get("uuid")
     except (OSError, ValueError):
         return ""
     return found if isinstance(found, str) else ""
@@ -104,7 +105,7 @@ def uuid_in(definition: Path) -> str:
 def read(directory: Path) -> Identity | None:
     """None when there is none, or none that says anything."""
     try:
-        fields = json.loads((directory / FILE).read_text("utf-8"))
+        fields = read_record(directory / FILE)
         known = {each.name: fields[each.name] for each in attrs.fields(Identity) if each.name in fields}
         return Identity(**known | {"adopted": tuple(map(str, known.get("adopted", ())))})
     except (OSError, ValueError, TypeError, KeyError):
@@ -191,12 +192,12 @@ def _stamped(directory: Path) -> Iterator[tuple[Path, Any]]:
     """Every file that bears a UUID, with what it bears."""
     for path in (*(directory / name for name in _ALONE), *(path for many in _MANY for path in directory.glob(many))):
         try:
-            fields = json.loads(path.read_text("utf-8"))
+            stamp = read_record(path).get("uuid")
         except FileNotFoundError:
             continue
         except (OSError, ValueError):
-            fields = None
-        yield path, fields.get("uuid") if isinstance(fields, dict) else None
+            stamp = None
+        yield path, stamp
 
 
 def _adoptable(directory: Path) -> list[str]:

@@ -22,6 +22,7 @@ from vmf.machine import home as homes
 from vmf.machine import shelf
 from vmf.machine.home import Home
 from vmf.machine.identity import Owner
+from vmf.reading import read_record, read_text
 from vmf.teleport.journal import Entry, Testimony
 from vmf.teleport.protocol import handover
 from vmf.teleport.protocol.handover import Answer, Note, SourceCustody
@@ -146,6 +147,25 @@ def in_doubt(home: Home, name: str) -> Entry | None:
     return None
 
 
+def refuse_unreadable(home: Home, name: str) -> None:
+    """Raise HomeError when a note cannot be read: whether the machine was handed over is then not known."""
+    directory = directory_of(home, name)
+    path = directory
+    try:
+        for each in sorted(os.listdir(directory)):
+            path = directory / each
+            if path.suffix == ".json":
+                with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+                    read_text(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise homes.HomeError(
+            f"{path} cannot be read: {error.strerror}. It notes a teleport of machine '{name}', which may run there.",
+            "Make it readable. Only if the machine runs nowhere else, delete it.",
+        ) from error
+
+
 def left(home: Home, name: str, began: int) -> bool:
     """Whether a machine whose process died had gone to another host before: that process noted it.
 
@@ -204,10 +224,10 @@ def _read(path: Path) -> Entry | None:
     entry = None
     for _ in range(5):
         try:
-            fields = json.loads(path.read_text("utf-8"))
+            fields = read_record(path)
             note = fields["note"].strip()
             entry = _entry(fields, Note.HANDED_OVER if fields["role"] == Role.SOURCE.value else Note.TAKEN)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return None
         try:
             return _entry(fields, Note(note))

@@ -26,6 +26,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from attrs import evolve, frozen
 
 from vmf import host, record_locks
 from vmf.errors import InvalidStateError
+from vmf.machine.files import HomeError
+from vmf.reading import read_record
 
 FILE = "lock"
 RUN = "run"
@@ -51,6 +54,10 @@ _UNNAMED_S = 0.2
 _BYTE = 1 << 61
 """The byte that is locked, far behind the text: SMB's locks keep others from reading what they cover."""
 _NO_LOCKS = record_locks.NO_LOCKS | {errno.EBADF}
+_LOOK = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""How the lock's file is opened to look at it: where something else lies in its place, that must not be waited for."""
+_NO_FILE = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO})
+"""What opening something else tells: a directory, a symbolic link, a socket."""
 
 
 class NoLocks(Exception):
@@ -179,7 +186,7 @@ def _look(directory: Path) -> Sight:
     try:
         shared, locked, holder = host.is_shared(folder), _is_locked(folder), None
         with contextlib.suppress(OSError):
-            file = os.open(FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
+            file = os.open(FILE, _LOOK, dir_fd=folder)
             try:
                 # The text first: when it is then found unlocked, its writer cannot have ended in order meanwhile.
                 holder = _read(file)
@@ -196,15 +203,15 @@ def _look(directory: Path) -> Sight:
 def _look_earlier(runtime: Path, seen: Sight) -> Sight:
     """A process of a vmf that kept lock and process id in its runtime directory."""
     try:
-        fields, since = json.loads((runtime / "pid").read_text("utf-8")), (runtime / "pid").stat().st_mtime_ns
+        fields, since = read_record(runtime / "pid"), (runtime / "pid").stat().st_mtime_ns
         pid, boot = int(fields["pid"]), str(fields["boot_id"])
         holder = Holder(pid=pid, boot_id=boot, runtime=str(runtime), since_ns=since)
-    except FileNotFoundError:
+    except OSError:  # there is none, or no such directory, or it is another user's
         return seen
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         holder = Holder()
     try:
-        file = os.open(runtime / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(runtime / "lock", _LOOK)
     except OSError:
         return evolve(seen, holder=holder)
     try:
@@ -220,12 +227,15 @@ class MachineLock:
     """A machine's lock, held by this object until `release`."""
 
     def __init__(self, directory: Path, runtime: Path) -> None:
-        """Take it. Raises Held, NoLocks, OSError."""
+        """Take it. Raises Held, NoLocks, OSError; HomeError when its file is no file."""
         self._file = -1
+        self._path = directory / FILE
         self._earlier: Holder | None = None
         self._folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             reach = self._lock_folder()
+            if not os.path.samestat(os.stat(directory), os.fstat(self._folder)):
+                raise Held  # by who moved it away between our opening and our locking
             self._file, reaches_far = self._lock_file()
             if not (reach or reaches_far):
                 raise NoLocks(str(directory))
@@ -254,10 +264,18 @@ class MachineLock:
 
     def _lock_file(self) -> tuple[int, bool]:
         """The file's descriptor, and whether it could be locked."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         while True:
-            file = os.open(FILE, flags, 0o600, dir_fd=self._folder)
             try:
+                file = os.open(FILE, flags, 0o600, dir_fd=self._folder)
+            except OSError as error:
+                if error.errno in _NO_FILE:
+                    raise self._no_file() from None
+                raise
+            try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    os.close(file)
+                    raise self._no_file()
                 if not record_locks.lock(file, _BYTE, exclusive=True):
                     raise Held
                 if self._in_place(file):
@@ -271,6 +289,9 @@ class MachineLock:
                 os.close(file)
                 raise
             os.close(file)  # it was deleted between our opening and our locking
+
+    def _no_file(self) -> HomeError:
+        return HomeError(f"{self._path} is a link, a directory or a pipe, not a file.", "Delete it: vmf makes it anew.")
 
     def _in_place(self, file: int) -> bool:
         try:
@@ -294,7 +315,7 @@ class MachineLock:
 
     def _read_anew(self) -> Holder | None:
         """On NFS a host looks at the server when a file is opened."""
-        file = os.open(FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._folder)
+        file = os.open(FILE, _LOOK, dir_fd=self._folder)
         try:
             return _read(file)
         finally:
@@ -420,7 +441,7 @@ def _read(file: int) -> Holder | None:
         line, newline, _rest = os.pread(file, 1 << 16, 0).partition(b"\n")
         if not line and not newline:
             return None
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             fields = json.loads(line)
             known: dict[str, Any] = {each.name: type(each.default) for each in attrs.fields(Holder)}
             found: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is known.get(key)}

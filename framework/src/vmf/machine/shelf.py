@@ -85,9 +85,10 @@ def clear(home: Home, name: str) -> Path | None:
 
 def refuse_loss(home: Home, name: str) -> None:
     """Raise InvalidStateError when deleting a machine would lose more than a machine that is switched off."""
-    from vmf.machine.journal import in_doubt
+    from vmf.machine.journal import in_doubt, refuse_unreadable
     from vmf.machine.snapshot_store import SnapshotStore
 
+    refuse_unreadable(home, name)
     entry = in_doubt(home, name)
     if entry is not None:
         raise InvalidStateError(

@@ -23,12 +23,13 @@ from vmf.device.base import Payload
 from vmf.errors import OperationCancelled, StateError, VmfError
 from vmf.machine.config import MachineConfig
 from vmf.machine.operations import Operation, ProgressListener
-from vmf.machine.snapshot_store import SnapshotInfo, SnapshotStore
+from vmf.machine.snapshot_store import FileInfo, SnapshotInfo, SnapshotStore
 from vmf.machine.snapshot_take import holding
 from vmf.machine.storage import MachineStorage
 from vmf.machine.storage_slot import Slot
 from vmf.memory import pages
 from vmf.memory.guest import MIB, PAGE_SIZE, GuestMemory
+from vmf.reading import open_regular
 from vmf.storage import sparse
 from vmf.teleport.protocol import codec
 
@@ -138,11 +139,8 @@ def verify(info: SnapshotInfo, directory: Path, progress: ProgressListener) -> N
 def _opened(path: Path) -> Iterator[int]:
     """A file of a snapshot; whatever goes wrong with it is a StateError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+        with open_regular(path) as file:
+            yield file.fileno()
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
 
@@ -220,7 +218,7 @@ def resume(machine: Machine, store: SnapshotStore, progress: ProgressListener) -
 def _bring_back(machine: Machine, info: SnapshotInfo, directory: Path, progress: ProgressListener) -> None:
     """Memory, vCPU and devices as they were. Raises StateError."""
     try:
-        plain = codec.decode((directory / "state.cbor").read_bytes())
+        plain = codec.decode(read_checked(directory / "state.cbor", info.files.get("state.cbor")))
         description = plain["description"]
         payloads = [Payload(kind, version, body, instance) for kind, version, instance, body in plain["payloads"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -229,6 +227,18 @@ def _bring_back(machine: Machine, info: SnapshotInfo, directory: Path, progress:
     noted = info.files.get("ram.img")
     read_ram(machine.hardware.memory, directory / "ram.img", noted.digest if noted else "", progress)
     machine.hardware.restore(payloads)
+
+
+def read_checked(path: Path, noted: FileInfo | None) -> bytes:
+    """A small file of a snapshot, if it is what was written then. Raises StateError."""
+    with _opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        known = noted is not None and noted.digest.startswith(sparse.ALGORITHM)
+        if noted is not None and known and sparse.digest(descriptor, size) != noted.digest:
+            raise _damaged(path, "its content is not what was written then")
+        content = bytearray(size)
+        sparse.read_fully(descriptor, memoryview(content), 0)
+        return bytes(content)
 
 
 def _plug(machine: Machine, name: str, description: Mapping[str, Any]) -> None:

@@ -15,12 +15,15 @@ from attrs import field, frozen
 
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError, StateError, VmfError
 from vmf.machine.config import NAME_PATTERN
-from vmf.machine.home import HomeError, private_directory, write_atomically
+from vmf.machine.home import HomeError, explained, private_directory, write_atomically
 from vmf.machine.identity import Owner
+from vmf.reading import read_record
 
 FORMAT = 1
 _PARTIAL = ".partial-"
 DAMAGED = "damaged"
+UNKNOWN = "?"
+"""The snapshot that is being put back, where its note cannot be read; no snapshot is called that."""
 
 
 @frozen
@@ -62,6 +65,23 @@ class SnapshotInfo:
         return self.state != "poweredoff"
 
 
+def _info(name: str, plain: dict[str, Any]) -> SnapshotInfo:
+    """What `snapshot.json` says, under the name that its directory has. Raises ValueError, TypeError, KeyError."""
+    info = SnapshotInfo(**plain | {"name": name})
+    numbers = {"taken": info.taken, "memory_mib": info.memory_mib, **info.disks}
+    numbers |= {file: noted.size for file, noted in info.files.items()}
+    wrong = [key for key, value in numbers.items() if type(value) is not int or value < 0]
+    texts = {"description": info.description}
+    texts |= {file: noted.digest for file, noted in info.files.items()}
+    wrong += [key for key, value in texts.items() if not isinstance(value, str)]
+    wrong += [f"disk {port}" for port in info.disks if not port.isdecimal()]
+    if info.state not in ("running", "paused", "poweredoff"):
+        wrong.append("its state")
+    if wrong:
+        raise ValueError(f"what it says of {', '.join(wrong)} makes no sense")
+    return info
+
+
 class SnapshotStore:
     """The snapshots of one machine, in a directory; `resume` beside it says which one the next start goes on from."""
 
@@ -89,8 +109,8 @@ class SnapshotStore:
         """Whether a snapshot is of this machine; one that cannot be read is, and `get` says what is wrong."""
         path = self.path(name) / "snapshot.json"
         try:
-            return self._owner.owns(path, json.loads(path.read_text("utf-8")).get("uuid"))
-        except (OSError, ValueError, AttributeError):
+            return self._owner.owns(path, read_record(path).get("uuid"))
+        except (OSError, ValueError):
             return True
 
     def _look(self, name: str) -> SnapshotInfo:
@@ -103,7 +123,7 @@ class SnapshotStore:
         """Raises NotFoundError, or StateError when it cannot be read."""
         path = self.path(name) / "snapshot.json"
         try:
-            plain = json.loads(path.read_text("utf-8"))
+            plain = read_record(path)
             if not self._owner.owns(path, stamp := plain.pop("uuid", None)):
                 raise NotFoundError(
                     f"the snapshot '{name}' in {self.directory} is of another machine"
@@ -112,7 +132,7 @@ class SnapshotStore:
                 )
             if plain.pop("format") != FORMAT:
                 raise StateError(f"snapshot {name} was made by a newer vmf.", "Use that one.")
-            return SnapshotInfo(**plain)
+            return _info(name, plain)
         except FileNotFoundError:
             known = ", ".join(entry.name for entry in self.list()) if path.parent.parent.exists() else ""
             raise NotFoundError(
@@ -120,7 +140,7 @@ class SnapshotStore:
                 f"It has {known}." if known else f"Take one with `vmf snapshot {self.machine} take {name}`.",
             ) from None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise StateError(f"{path} cannot be read: {error}.", "Delete that snapshot.") from error
+            raise StateError(f"{path} cannot be read: {_said(error)}.", "Delete that snapshot.") from error
 
     def path(self, name: str) -> Path:
         if not NAME_PATTERN.fullmatch(name):
@@ -187,15 +207,16 @@ class SnapshotStore:
 
     def resume_note(self) -> dict[str, Any]:
         try:
-            note = json.loads(self._resume.read_text("utf-8"))
+            note = read_record(self._resume)
+            if not isinstance(note.get("snapshot"), str) or not isinstance(note.get("generations"), dict):
+                raise ValueError("what it says makes no sense")
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise StateError(
-                f"{self._resume} cannot be read: {error}.", f"Run `vmf snapshot {self.machine} discard-state`."
+                f"{self._resume} cannot be read: {_said(error)}.", f"Run `vmf snapshot {self.machine} discard-state`."
             ) from error
-        own = isinstance(note, dict) and self._owner.owns(self._resume, note.get("uuid"))
-        return note if own else {}
+        return note if self._owner.owns(self._resume, note.get("uuid")) else {}
 
     def note_resume(self, name: str, generations: Mapping[str, int]) -> None:
         note = {"uuid": self._owner.uuid, "snapshot": name, "generations": dict(generations)}
@@ -203,11 +224,7 @@ class SnapshotStore:
 
     def forget_resume(self) -> bool:
         """The next start boots; False when it would have anyway."""
-        try:
-            self._resume.unlink()
-        except FileNotFoundError:
-            return False
-        return True
+        return _unlink(self._resume)
 
     # -- a restore under way, or cut short
 
@@ -215,12 +232,13 @@ class SnapshotStore:
         """The snapshot that is being put back, or whose putting back was cut short: the disks are neither one thing
         nor the other. "" when there is none."""
         try:
-            note = json.loads(self._restoring.read_text("utf-8"))
-            return str(note["snapshot"]) if self._owner.owns(self._restoring, note.get("uuid")) else ""
+            note = read_record(self._restoring)
+            own = self._owner.owns(self._restoring, note.get("uuid"))
+            return str(note["snapshot"] or UNKNOWN) if own else ""
         except FileNotFoundError:
             return ""
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return "?"  # the note is there, whatever became of its content
+        except (OSError, ValueError, KeyError):
+            return UNKNOWN  # the note is there, whatever became of its content
 
     def note_restoring(self, name: str) -> None:
         """Durably: from here on the disks are not to be used."""
@@ -228,9 +246,7 @@ class SnapshotStore:
 
     def forget_restoring(self) -> bool:
         """The disks are whole (again); False when they were."""
-        try:
-            self._restoring.unlink()
-        except FileNotFoundError:
+        if not _unlink(self._restoring):
             return False
         sync_directory(self._restoring.parent)
         return True
@@ -242,12 +258,29 @@ class SnapshotStore:
 
     def _half_restored(self, action: str) -> InvalidStateError:
         name = self.restoring()
+        which, again = (f"snapshot '{name}'", name) if name != UNKNOWN else ("a snapshot", "SNAPSHOT")
         return InvalidStateError(
-            f"machine '{self.machine}' cannot be {action}: putting it back to snapshot '{name}' was cut short, and its"
+            f"machine '{self.machine}' cannot be {action}: putting it back to {which} was cut short, and its"
             f" disks are partly written.",
-            f"Put it back once more: `vmf snapshot {self.machine} restore {name}` (or another snapshot). If you have"
+            f"Put it back once more: `vmf snapshot {self.machine} restore {again}` (or another snapshot). If you have"
             f" replaced its disks yourself: `vmf snapshot {self.machine} discard-state --force`.",
         )
+
+
+def _unlink(path: Path) -> bool:
+    """False when there was none. Raises HomeError."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise explained(error, path) from error
+    return True
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a file whose name the message has already."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def write_durably(path: Path, data: bytes) -> None:

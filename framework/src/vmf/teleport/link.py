@@ -241,7 +241,7 @@ class Canceller:
             )
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return TeleportError(
-                f"the teleport did not complete within the {self._timeout_s:g} s allowed.",
+                f"the teleport did not complete within the {round(self._timeout_s or 0, 1):g} s allowed.",
                 "Allow more time with --timeout, or a longer downtime with --maxdowntime.",
             )
         return None
