@@ -161,3 +161,32 @@ def test_a_time_limit_is_a_number_that_can_be_counted(shell: Shell, given: str) 
     assert done.returncode == 2
     assert "--timeout" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("files", [11, 14, 20])
+def test_too_few_descriptors_are_no_bug(shell: Shell, home: Home, image: Path, files: int) -> None:
+    assert shell(f"$VMF createvm one --memory 16 --image {image} --cpu-backend unicorn").returncode == 0
+    done = shell(f"ulimit -n {files}; $VMF startvm one --detach --json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == "shortage"
+    assert done.stderr.startswith("vmf: error: The limit of open files of this process is reached")
+    assert done.stderr.count("\n") == 1
+    assert home.process("one") is None
+
+
+def test_a_plugins_command_that_ends_the_process_is_told(shell: Shell, tmp_path: Path) -> None:
+    info = tmp_path / "ends-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ends\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vmf.command]\nends = ends_at_once\n")
+    (tmp_path / "ends_at_once.py").write_text("import sys\nsys.exit(0)\n")
+    done = shell("$VMF ends --json", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("vmf: error: The command 'ends' of the plugin ends cannot be imported: SystemExit")
+    assert json.loads(done.stdout)["error"]["code"] == "plugin"
+
+
+def test_choices_of_a_missing_option_stand_on_one_line(shell: Shell) -> None:
+    done = shell("$VMF storageattach one --port 0 --medium x")
+    assert done.returncode == 2
+    assert "Missing option '--type'. Choose from: hdd, dvddrive, floppy" in done.stderr

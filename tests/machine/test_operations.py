@@ -10,6 +10,7 @@ import pytest
 from vmf.errors import InvalidStateError, MachineError, OperationCancelled
 from vmf.machine import operations as module
 from vmf.machine.operations import Operations
+from vmf.plugins.containment import Culprit, guarded
 from vmf.storage import calls
 
 
@@ -100,5 +101,14 @@ def test_a_step_that_does_not_return_is_abandoned(monkeypatch: pytest.MonkeyPatc
 def test_an_operation_that_never_looks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CANCEL_SECONDS", 0.1)
     operations = Operations("vm")
-    with operations.long("the start"), pytest.raises(MachineError, match="does not end"):
+    with operations.long("the start"), pytest.raises(MachineError, match=r"does not end\.") as caught:
         operations.cancel(wait=True)
+    assert "SIGTERM twice" in caught.value.remedy
+    plugin = Culprit("device plugin 'x' (of y)")
+
+    def create() -> None:
+        with pytest.raises(MachineError, match=r"does not end: it waits for the device plugin 'x' .* in its reset"):
+            operations.cancel(wait=True)
+
+    with operations.long("the start"):
+        guarded(plugin, "its reset", create)()

@@ -13,7 +13,7 @@ import attrs
 import pytest
 
 from vmf.device.base import DeviceEnvironment
-from vmf.errors import BackendUnavailable, PluginError
+from vmf.errors import BackendUnavailable, PluginError, ShortageError
 from vmf.machine.bus import Bus
 from vmf.machine.clock import MachineClock
 from vmf.machine.timers import TimerQueue
@@ -118,6 +118,24 @@ def test_broken_transport_is_named_and_others_go_on(make_plugin: Any, code: str,
     assert "culprit" in caught.value.message
     assert caught.value.remedy
     assert registry.transport("good").scheme == "good"
+
+
+def test_an_import_that_does_not_end_is_given_up(make_plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "LOAD_SECONDS", 0.3)
+    make_plugin("device", "hangs", "import time; time.sleep(20)", distribution="culprit")
+    began = time.monotonic()
+    with pytest.raises(PluginError, match=r"'hangs' \(of culprit 1\.0\) cannot be imported: .* within 0\.3 s"):
+        PluginRegistry().load("device", "hangs")
+    assert time.monotonic() - began < 15
+
+
+def test_an_import_that_lacks_memory_or_descriptors_is_not_the_plugins_fault(make_plugin: Any) -> None:
+    make_plugin("device", "one", "raise MemoryError")
+    make_plugin("device", "two", "raise OSError(24, 'Too many open files')")
+    for name, remedy in (("one", "ulimit -v"), ("two", "ulimit -n")):
+        with pytest.raises(ShortageError) as caught:
+            PluginRegistry().load("device", name)
+        assert remedy in caught.value.remedy
 
 
 def test_duplicates_are_both_named_and_neither_is_imported(make_plugin: Any) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from vmf.control import client
 from vmf.errors import TeleportBlocked, TeleportCancelled, TeleportError, VmfError
+from vmf.machine import teleporter
 from vmf.machine.config import MachineConfig
 from vmf.machine.machine import Machine
 from vmf.machine.states import MachineState
@@ -163,8 +165,17 @@ def test_a_check_that_takes_long_is_waited_for(
     impatient()
     with pair(tmp_path, {}, {}) as (source, target, where):
         assert source.check_teleport(where.host, where.port) == ()
-        source.teleport(where.host, where.port)
+        told: list[str] = []
+        source.teleport(where.host, where.port, progress=lambda event: told.append(event.message))
         target.wait_for(MachineState.RUNNING, timeout=60)
+    waiting = [text for text in told if text.startswith("checking: waiting for the hooks plugin 'slow'")]
+    assert len(waiting) == (1 if role == "source" else 0)
+
+
+def test_who_asks_for_a_check_waits_as_long_as_it_may_take() -> None:
+    assert teleporter.CHECK_TIMEOUT > hooks.CHECK_SECONDS
+    longest = hooks.CHECK_SECONDS + teleporter.CONNECT_TIMEOUT + teleporter.CHECK_TIMEOUT
+    assert longest < client.CHECK_ANSWER_SECONDS
 
 
 @pytest.mark.parametrize("role", ["source", "target"])

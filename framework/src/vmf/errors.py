@@ -6,6 +6,7 @@ error is one line without jargon; the CLI prints it as it is and exits with `exi
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -223,3 +224,37 @@ class RemoteProtocolError(TeleportError):
     """The other side sent bytes that the protocol does not allow."""
 
     code = "protocol-remote"
+
+
+class ShortageError(VmfError):
+    """This host, or a limit that was set for this process, has too little of something; no fault of vmf's."""
+
+    code = "shortage"
+
+
+_SHORTAGES: dict[int, tuple[str, str]] = {
+    errno.EMFILE: ("the limit of open files of this process is reached", "Raise it (`ulimit -n`)."),
+    errno.ENFILE: ("this host has no file descriptor left", "End other programs, or raise fs.file-max."),
+    errno.ENOMEM: ("there is too little memory", "Free some, or raise the limit of this process (`ulimit -v`)."),
+    errno.EAGAIN: ("no further process or thread can be started", "Raise the limit (`ulimit -u`, pids.max)."),
+    errno.ENOSPC: ("the host's disk is full", "Free some space."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space."),
+    errno.EFBIG: ("a file would be larger than allowed", "Raise the limit (`ulimit -f`)."),
+}
+
+
+def shortage(error: BaseException) -> ShortageError | None:
+    """The error for a lack of memory, descriptors, threads or disk space; None for anything else."""
+    number: int | None = None
+    where = ""
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        number = errno.EAGAIN
+    elif isinstance(error, OSError):
+        number = error.errno
+        where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    if number not in _SHORTAGES:
+        return None
+    reason, remedy = _SHORTAGES[number]
+    return ShortageError(f"{reason[0].upper()}{reason[1:]}{where}.", f"{remedy[:-1]}, and try again.")

@@ -344,3 +344,8 @@ def test_no_descriptors_are_left(driver: FileDriver, path: str) -> None:
         assert store is not None
         store.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_cannot_be_read_is_the_storages_fault(driver: FileDriver) -> None:
+    with pytest.raises(StorageError, match=r"/proc/self/mem cannot be read: "):
+        driver.probe("/proc/self/mem")

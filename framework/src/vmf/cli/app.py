@@ -13,7 +13,7 @@ import click
 
 from vmf.cli.output import Streams
 from vmf.cli.password import hide
-from vmf.errors import PluginError, VmfError
+from vmf.errors import PluginError, VmfError, shortage
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -108,7 +108,9 @@ def _load(point: EntryPoint) -> click.Command:
     remedy = "Reinstall or update that distribution, or uninstall it."
     try:
         command = point.load()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin that calls sys.exit() must not end vmf without a word
         raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}.", remedy) from error
     if not isinstance(command, click.Command):
         raise PluginError(f"{where} is no click command but a {type(command).__name__}.", remedy)
@@ -166,14 +168,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         result = cli.main(args=given, prog_name="vmf", standalone_mode=False)
         sys.stdout.flush()
     except VmfError as error:
-        return _report(error)
+        return _report(given, error)
     except click.UsageError as error:
         context = error.ctx
         if context is not None and isinstance(error, _ONLY_HELP):
             click.echo(context.get_help(), err=True)
             return 2
         remedy = f"See `{context.command_path} --help`." if context is not None else ""
-        return _end(given, "usage", error.format_message().rstrip(), remedy, 2)
+        return _end(given, "usage", " ".join(error.format_message().split()), remedy, 2)
     except click.ClickException as error:
         return _end(given, "usage", error.format_message(), "", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -182,6 +184,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _line("vmf: interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
+        if (lack := shortage(error)) is not None:
+            return _report(given, lack)
         _debug()
         text = f"internal error, {type(error).__name__}: {' '.join(str(error).split())}"
         return _end(given, "internal", text, "Report it with what VMF_DEBUG=1 shows.", EXIT_INTERNAL)
@@ -205,11 +209,11 @@ def _print_error(record: dict[str, Any]) -> None:
     click.echo(json.dumps({"error": record}))
 
 
-def _report(error: VmfError) -> int:
+def _report(arguments: list[str], error: VmfError) -> int:
     _debug()
     problems = getattr(error, "problems", ())
     blockers = getattr(error, "blockers", ())
-    if wants_json():
+    if _asks_for_json(arguments):
         record: dict[str, Any] = {"code": error.code, "message": error.message, "remedy": error.remedy}
         if blockers:
             import attrs

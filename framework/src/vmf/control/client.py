@@ -22,6 +22,8 @@ from vmf.errors import ControlError
 from vmf.machine.home import Home
 
 CONNECT_SECONDS = 5.0
+CHECK_ANSWER_SECONDS = 240.0
+"""Longer than the checks of the source's plugins, connecting and the target's answer take at most, in a row."""
 
 
 class ControlClient:
@@ -132,7 +134,7 @@ class ControlClient:
             params["options"] = dict(options)
         if password is not None:
             params["password"] = password
-        return self._mapping("teleport.check", params, timeout=60)
+        return self._mapping("teleport.check", params, timeout=CHECK_ANSWER_SECONDS)
 
     def cancel_teleport(self) -> bool:
         """Ask a teleport under way to stop; False when there is none that can be."""

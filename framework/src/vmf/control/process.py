@@ -45,6 +45,8 @@ log = logging.getLogger("vmf.process")
 MachineFactory = Callable[[MachineConfig, Callable[[VmfError], None]], ControlledMachine]
 FATE_S = 0.5
 """How long a process that is to end at once tries to note that, so that nobody looks for another cause."""
+INTERRUPTED_START_S = 5.0
+"""A start that is interrupted may end in an orderly way for so long."""
 LINGER_S = 0.05
 """A machine that has left is taken apart so much later: it may run on this very host now, and need the processor."""
 
@@ -352,7 +354,7 @@ def spawn_detached(
         with open(reader, "rb") as pipe:
             line = pipe.readline(rpc.MAX_REQUEST)
     except KeyboardInterrupt:
-        child.terminate()
+        _end_start(child)
         raise
     try:
         answer = json.loads(line)
@@ -362,6 +364,15 @@ def spawn_detached(
         raise rpc.error_from(answer["error"])
     ready: Plain = answer["ready"]
     return ready
+
+
+def _end_start(child: subprocess.Popen[bytes]) -> None:
+    """End a process whose start is not wanted; at once when something in it, a plugin perhaps, does not end."""
+    child.terminate()
+    try:
+        child.wait(INTERRUPTED_START_S)
+    except subprocess.TimeoutExpired:
+        child.terminate()  # the second signal ends it at once
 
 
 def _died_early(name: str, vmm_log: Path, child: subprocess.Popen[bytes]) -> MachineError:

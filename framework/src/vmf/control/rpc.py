@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from vmf.errors import ControlError, VmfError
+from vmf.errors import ControlError, VmfError, shortage
 
 MAX_REQUEST = 1 << 20
 """Bytes of one request line; longer ones end the connection."""
@@ -80,6 +80,7 @@ def _no_constant(name: str) -> Any:
 def error_object(error: BaseException) -> dict[str, Any]:
     """The `error` member of a response."""
     data: dict[str, Any]
+    error = shortage(error) or error
     if not isinstance(error, VmfError):
         text = f"{type(error).__name__}: {error}"
         data = {"code": "internal", "message": f"vmf has a bug: {text}.", "remedy": "See the machine's vmm.log."}

@@ -10,6 +10,7 @@ say) runs by `Operation.run` on a thread that is abandoned when the operation is
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from vmf.errors import InvalidStateError, MachineError, OperationCancelled
+from vmf.plugins.containment import where
 from vmf.storage.calls import bounded
 
 T = TypeVar("T")
@@ -39,12 +41,14 @@ class Operation:
 
     Attributes:
         what: it does, for people: "the snapshot 's1'".
+        thread: that does it.
     """
 
     def __init__(self, name: str, what: str) -> None:
         self._machine = name
         self.what = what
         self.ended = threading.Event()
+        self.thread = threading.current_thread()
         self._cancelled = threading.Event()
         self._reason = ""
         self._progress: tuple[str, int, int] = ("", 0, 0)
@@ -168,5 +172,9 @@ class Operations:
             return ""
         operation.cancel(reason)
         if wait and not operation.ended.wait(CANCEL_SECONDS):
-            raise MachineError(f"machine {self._name}: {operation}, and does not end.", "See its vmm.log.")
+            place = where(operation.thread)
+            raise MachineError(
+                f"machine {self._name}: {operation}, and does not end{f': it waits for {place}' if place else ''}.",
+                f"Send SIGTERM twice to its process to end it at once (kill {os.getpid()}).",
+            )
         return operation.what

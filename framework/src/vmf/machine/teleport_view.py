@@ -147,16 +147,19 @@ class TeleportView:
             return found
         return self._find_local_blockers(role, self._look)
 
-    def prepare(self, look_around: Callable[[], None]) -> None:
+    def prepare(self, look_around: Callable[[], None], slow: Callable[[str], None] | None = None) -> None:
         """At the source, before anybody at the other side waits: what may take long because plugins do.
 
         Args:
             look_around: called several times a second meanwhile; what it raises ends the wait.
+            slow: called for each plugin whose check takes longer than a second, with the plugin in words.
         """
         self.interrupted_by(look_around)
-        self._prepared = self._find_local_blockers("source", look_around)
+        self._prepared = self._find_local_blockers("source", look_around, slow)
 
-    def _find_local_blockers(self, role: str, look_around: Callable[[], None] | None) -> list[Blocker]:
+    def _find_local_blockers(
+        self, role: str, look_around: Callable[[], None] | None, slow: Callable[[str], None] | None = None
+    ) -> list[Blocker]:
         machine, hardware = self._machine, self._machine.hardware
 
         def here(reason: str) -> tuple[str, str]:
@@ -173,7 +176,7 @@ class TeleportView:
                 why = refusal.message.removeprefix("vCPU state: ").rstrip(".")
                 found.append(Blocker("vCPU state", why, "-", refusal.remedy or "Try again later."))
         found += self._snapshot_blockers(role)
-        found += machine.registry.hooks.preflight_check(self.name, role, self.describe(), look_around)
+        found += machine.registry.hooks.preflight_check(self.name, role, self.describe(), look_around, slow)
         return found
 
     def _snapshot_blockers(self, role: str) -> list[Blocker]:

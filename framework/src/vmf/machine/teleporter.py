@@ -130,7 +130,7 @@ class Teleporter:
             machine.set_state(going_on[before])
         view = TeleportView(machine)
         try:
-            timeout_s = self._prepare(view, timeout_s, cancel)
+            timeout_s = self._prepare(view, timeout_s, cancel, progress)
             patience = CONNECT_TIMEOUT if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT)
 
             def connect() -> Channel:
@@ -161,13 +161,23 @@ class Teleporter:
             self._done.set()
 
     @staticmethod
-    def _prepare(view: TeleportView, timeout_s: float | None, cancel: threading.Event) -> float | None:
+    def _prepare(
+        view: TeleportView, timeout_s: float | None, cancel: threading.Event, progress: ProgressListener | None
+    ) -> float | None:
         """Ask the plugins here before the target waits for us, which it does not for long; the time that is left."""
+        from vmf.teleport.progress import Reporter
+        from vmf.teleport.protocol.states import Phase
+
+        report = Reporter("source", progress)
+
+        def slow(plugin: str) -> None:
+            report.phase(Phase.CHECK, ram_bytes=view.memory.size, message=f"checking: waiting for the {plugin}")
+
         canceller = Canceller(cancel, timeout_s, now=lambda: None, late=lambda: None)
         began = time.monotonic()
         try:
             canceller.check()
-            view.prepare(canceller.check)
+            view.prepare(canceller.check, slow)
             canceller.check()
         finally:
             canceller.close()

@@ -25,7 +25,7 @@ import pluggy
 
 from vmf.errors import BackendUnavailable, PluginError, VmfError
 from vmf.plugins import discovery, hookspecs, seams
-from vmf.plugins.containment import Culprit, contain, interrupted, log, remember
+from vmf.plugins.containment import Culprit, contain, explain, interrupted, log, remember
 from vmf.plugins.discovery import PluginEntry
 from vmf.plugins.hooks import Hooks
 from vmf.plugins.hookspecs import API_VERSION, GROUPS, PROJECT
@@ -85,6 +85,9 @@ class LoadedPlugin:
             if interrupted(error):
                 raise
             raise self.culprit.fault(f"its hook {hook}", error) from error
+
+
+explain(LoadedPlugin.call.__code__, lambda values: (values["self"].culprit, f"its hook {values['hook']}"))
 
 
 def _validated(entry: PluginEntry, plugin: Any) -> pluggy.PluginManager:

@@ -13,14 +13,18 @@ is loaded, both are named.
 from __future__ import annotations
 
 import importlib.metadata
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from attrs import frozen
 
-from vmf.errors import PluginError
+from vmf.errors import PluginError, shortage
 from vmf.plugins.hookspecs import GROUPS
+
+LOAD_SECONDS = 60.0
+"""Longest import of one plugin. Importing a large engine on a busy machine takes a few seconds."""
 
 
 @frozen
@@ -98,8 +102,33 @@ def load(entry: PluginEntry) -> Any:
     """Import the plugin and return its module or object.
 
     Raises PluginError, naming plugin, distribution and reason, whatever the import raised: SystemExit included,
-    so that a plugin that calls sys.exit() does not end vmf.
+    so that a plugin that calls sys.exit() does not end vmf. An import that takes longer than `LOAD_SECONDS` is given up
+    and left on its thread. Raises ShortageError when it is this process that lacks memory or descriptors.
     """
+    loaded: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loaded.append(_import(entry))
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=f"vmf-load-{entry.name}", daemon=True)
+    thread.start()
+    thread.join(LOAD_SECONDS)
+    remedy = f"Reinstall or update the distribution {entry.distribution or 'that provides it'}, or uninstall it."
+    if thread.is_alive():
+        raise PluginError(f"The {entry} cannot be imported: that did not end within {LOAD_SECONDS:g} s.", remedy)
+    if not errors:
+        return loaded[0]
+    error = errors[0]
+    if (lack := shortage(error)) is not None:
+        raise lack from error
+    raise PluginError(f"The {entry} cannot be imported: {describe(error)}.", remedy) from error
+
+
+def _import(entry: PluginEntry) -> Any:
     from stevedore.driver import DriverManager
 
     group = GROUPS[entry.kind]
@@ -108,13 +137,6 @@ def load(entry: PluginEntry) -> Any:
     DriverManager.ENTRY_POINT_CACHE[group] = chosen[:1]
     try:
         manager: DriverManager[Any] = DriverManager(group, entry.name, on_load_failure_callback=_raise)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise PluginError(
-            f"The {entry} cannot be imported: {describe(error)}.",
-            f"Reinstall or update the distribution {entry.distribution or 'that provides it'}, or uninstall it.",
-        ) from error
     finally:
         DriverManager.ENTRY_POINT_CACHE.pop(group, None)
     return manager.extensions[0].plugin

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = 60.0
 """Longest time for all preflight checks of one side together; shorter than a source waits for the target's check."""
+SLOW_SECONDS = 1.0
+"""After which a check that is waited for is named to those who watch the teleport."""
 _POLL_S = 0.05
 
 
@@ -47,11 +49,13 @@ class Hooks:
         role: str,
         description: Mapping[str, object],
         look_around: Callable[[], None] | None = None,
+        slow: Callable[[str], None] | None = None,
     ) -> list[Blocker]:
         """Everything that speaks against a teleport now; a check that fails is itself a blocker.
 
         Args:
             look_around: called several times a second meanwhile; what it raises ends the wait.
+            slow: called once for each plugin that has not answered after a second, with the plugin in words.
         """
         from vmf.teleport.check import Blocker
 
@@ -60,7 +64,7 @@ class Hooks:
         for plugin in self._implementing("vmf_preflight_check"):
             try:
                 arguments = {"name": name, "role": role, "description": description}
-                for results in _within(plugin, "vmf_preflight_check", arguments, end, look_around):
+                for results in _within(plugin, "vmf_preflight_check", arguments, end, look_around, slow):
                     blockers += [_blocker(plugin, each) for each in _blockers(plugin, results)]
             except PluginError as error:
                 reason = f"failed ({error.message})"
@@ -110,6 +114,7 @@ def _within(
     arguments: Mapping[str, Any],
     end: float,
     look_around: Callable[[], None] | None,
+    slow: Callable[[str], None] | None,
 ) -> Iterable[Any]:
     """What the hook returns, called on a thread of its own. Raises PluginError, also when it takes too long."""
     answers: list[Any] = []
@@ -123,10 +128,14 @@ def _within(
 
     thread = threading.Thread(target=call, name=f"vmf-{hook}", daemon=True)
     thread.start()
+    slow_at = time.monotonic() + SLOW_SECONDS
     thread.join(_POLL_S)
     while thread.is_alive():
         if look_around is not None:
             look_around()
+        if slow is not None and time.monotonic() > slow_at:
+            slow(str(plugin.entry))
+            slow = None
         if time.monotonic() > end:
             raise PluginError(
                 f"The {plugin.entry} has not answered its hook {hook} within the {CHECK_SECONDS:g} s that all checks"

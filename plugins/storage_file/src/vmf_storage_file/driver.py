@@ -58,7 +58,7 @@ class FileDriver(StorageDriver):
                 why_read_only=why,
                 where=f"file on {kernel.file_system(descriptor)}" if regular else "block device",
                 local_locks=mounts.local_locks_at(kept_in) if kept_in else "",
-                looks_like="" if _declared_raw(uri) else _looks_like(descriptor),
+                looks_like="" if _declared_raw(uri) else _looks_like(path, descriptor),
             )
         finally:
             os.close(descriptor)
@@ -231,11 +231,14 @@ def _declared_raw(uri: str) -> bool:
     return "format" in _options(uri)
 
 
-def _looks_like(descriptor: int) -> str:
+def _looks_like(path: str, descriptor: int) -> str:
     """The name of the format that the content shows; "" for a raw image, as far as can be seen."""
-    size = os.lseek(descriptor, 0, os.SEEK_END)
-    tail = os.pread(descriptor, formats.TAIL, max(size - formats.TAIL, 0))
-    return formats.recognise(os.pread(descriptor, formats.HEAD, 0), tail)
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        tail = os.pread(descriptor, formats.TAIL, max(size - formats.TAIL, 0))
+        return formats.recognise(os.pread(descriptor, formats.HEAD, 0), tail)
+    except OSError as error:
+        raise explain(path, "read", error) from error
 
 
 def _open(path: str, flags: int) -> int:
@@ -265,9 +268,12 @@ def _size(path: str, descriptor: int) -> int:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise StorageError(f"{path} is neither a file nor a block device.", "Name a disk image.")
-    size = os.lseek(descriptor, 0, os.SEEK_END)
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+    except OSError as error:
+        raise explain(path, "read", error) from error
     if size % SECTOR_SIZE or not size:
-        found = _looks_like(descriptor)
+        found = _looks_like(path, descriptor)
         if found:
             raise StorageError(
                 f"{path} is a {found} image, and files are read as raw images.", f"{formats.remedy(path, found)}."
