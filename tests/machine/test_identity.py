@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from vmf import host
 from vmf.errors import ConfigError, InvalidStateError, NotFoundError
 from vmf.machine import identity
 from vmf.machine.config import MachineConfig
+from vmf.machine.files import HomeError, explained
 from vmf.machine.home import Home
 from vmf.machine.journal import FileJournal, in_doubt
 from vmf.machine.snapshot_store import SnapshotStore
@@ -110,6 +112,26 @@ def test_a_new_machine_of_a_name_has_nothing_of_the_earlier_one(home: Home) -> N
         home.register(again)
     assert home.register(again, "web2").description == "second"
     assert home.names() == ["web", "web2"]
+
+
+@pytest.mark.parametrize("name", ["machine.toml", "machine.toml.unregistered"])
+def test_a_full_disk_leaves_what_was_unregistered_where_it_is(
+    home: Home, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = home.unregister("web")
+    assert kept is not None
+    os.rename(kept / "machine.toml", kept / name)
+    with monkeypatch.context() as patch:
+        patch.setattr("vmf.machine.home.write_atomically", _full)
+        with pytest.raises(HomeError, match="the disk is full"):
+            home.register(kept)
+    assert home.names() == []
+    assert (kept / name).exists()
+    assert home.register(kept).name == "web"
+
+
+def _full(path: Path, text: str) -> None:
+    raise explained(OSError(errno.ENOSPC, "full"), path)
 
 
 def test_unregistering_twice_within_a_second_overwrites_nothing(home: Home) -> None:

@@ -449,13 +449,14 @@ class _Reporter(Observer):
     def running(self, info: Mapping[str, Any]) -> None:
         log.info("Running on %s.", info.get("cpu_backend_used", "?"))
         cpuid = info.get("cpuid") or {}
-        notices = [f"CPU backend: {info['cpu_backend_choice']}."] if info.get("cpu_backend_choice") else []
-        notices += [f"CPUID contract: {line}" for line in cpuid.get("explanation", ())]
-        notices += continuation(info)
-        for line in notices:
-            log.info("%s", line)
+        if info.get("cpu_backend_choice"):
+            self.notice(f"CPU backend: {info['cpu_backend_choice']}.")
+        for line in cpuid.get("explanation", ()):
+            self.notice(f"CPUID contract: {line}")
+        for line in continuation(info):
+            self.notice(line)
         state = str(info.get("state", "running"))
-        self.tell({"ready": {"pid": os.getpid(), "state": state, "address": "", "notices": notices}})
+        self.tell({"ready": {"pid": os.getpid(), "state": state, "address": "", "notices": self._notices}})
 
     def notice(self, text: str) -> None:
         self._notices.append(text)

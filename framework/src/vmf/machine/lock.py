@@ -126,7 +126,7 @@ class Holder:
         text = f"process {self.pid}"
         if not self.same_host:
             return f"{text} on host {printable(self.host)}"
-        return text if self.namespace == host.pid_namespace() else f"{text} of another PID namespace"
+        return text if self.namespace in (0, host.pid_namespace()) else f"{text} of another PID namespace"
 
 
 @frozen

@@ -187,8 +187,9 @@ def _move_in(home: Home, path: Path, source: Path, target: Path, config: Machine
         raise InvalidStateError(f"There is a process at work in {path}.", "End it first.") from None
     except (OSError, locks.NoLocks) as error:
         raise explained(error if isinstance(error, OSError) else OSError(), path) from error
+    moved = os.path.realpath(path) != os.path.realpath(target)
     try:
-        if os.path.realpath(path) != os.path.realpath(target):
+        if moved:
             clear(home, config.name)
             if target.exists():  # it holds nothing but a lock's file
                 shutil.rmtree(target)
@@ -205,5 +206,12 @@ def _move_in(home: Home, path: Path, source: Path, target: Path, config: Machine
         lock.abandon()
     if source.name == EARLIER:
         os.rename(target / EARLIER, target / DEFINITION)
-    # Its identity stays as it is: should this be a copy, its next start says so.
-    home.write(config, identify=False)
+    try:
+        # Its identity stays as it is: should this be a copy, its next start says so.
+        home.write(config, identify=False)
+    except HomeError:  # a full disk, say: all is where it was
+        if source.name == EARLIER:
+            os.rename(target / DEFINITION, target / EARLIER)
+        if moved:
+            os.rename(target, path)
+        raise
