@@ -202,6 +202,7 @@ def test_a_lab_that_lost_its_timer_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.lab
+@pytest.mark.lab_full
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_stock_debian_boots_on_kvm_to_a_shell_that_answers(kvm_lab: Lab, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_debian_teleports_between_kvm_and_unicorn_under_stress(kvm_lab: Lab, lab
     as there is time for, at least one of each kind: a move takes half a minute, on a busy machine a whole one."""
     command = ["python3", "tests/lab/payload/teleport_debian.py", "--switch", "--timeout", "200"]
     if not lab_is_full:
-        command += ["--within", "150"]
+        command += ["--within", "75"]
     result = kvm_lab.run(command, timeout=1800 if lab_is_full else 540, directory=tmp_path / "back")
     succeeded(result)
     verdict = re.search(r"^--- (\d+) moves: (\{.*?\});.* 0 problems$", result.stdout, re.MULTILINE)

@@ -9,7 +9,7 @@ import pytest
 
 from kvmlab.errors import LabHung
 
-BUDGET_SECONDS = 720.0
+BUDGET_SECONDS = 480.0
 """For the chosen tests together, building the lab included. What has not begun by then is left out, aloud."""
 RESERVE_SECONDS = 30.0
 """A test that has less than this left does not begin."""
