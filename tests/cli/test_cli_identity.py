@@ -131,11 +131,15 @@ def test_hidden_sockets_hide_no_machine(vmf: Any, user: dict[str, str], tmp_path
     assert state_of(vmf, **user) == "poweredoff"
 
 
-def test_a_start_in_the_background_tells_what_is_not_the_machine_s_own(vmf: Any, home: Home) -> None:
+def test_a_start_tells_what_is_not_the_machine_s_own_and_clears_a_half_snapshot(vmf: Any, home: Home) -> None:
     define(vmf)
+    half = home.paths("web").snapshots / ".partial-x"  # its process was killed
+    half.mkdir(parents=True)
+    (half / "ram.img").write_bytes(bytes(4096))
     note = home.paths("web").directory / "resume.json"
     note.write_text(json.dumps({"snapshot": "s1", "generations": {}}))
     said = vmf("startvm", "web", "--detach").stdout
     assert f"warning: {note} is of another machine than 'web' and is not used." in said
     assert "is running (process" in said
+    assert not half.exists()
     vmf("controlvm", "web", "poweroff")

@@ -125,7 +125,9 @@ def run_machine_process(
             if isinstance(machine, TakesSnapshots):
                 from vmf.machine.snapshot import SnapshotStore
 
-                machine.use_snapshots(SnapshotStore(name, paths.snapshots))
+                store = SnapshotStore(name, paths.snapshots)
+                store.sweep()
+                machine.use_snapshots(store)
             machine.add_state_listener(lambda old, new: _note_state(machine, old, new, outcome))
             with contextlib.closing(machine):
                 _serve(machine, config, tenure, watcher, outcome, peer_password, stack)

@@ -160,8 +160,7 @@ class SnapshotStore:
                 f"Choose another name, or delete it: `vmf snapshot {self.machine} delete {name}`.",
             )
         private_directory(self.directory)
-        for stale in self.directory.glob(f"{_PARTIAL}*"):  # of a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
+        self.sweep()
         partial = self.directory / f"{_PARTIAL}{secrets.token_hex(4)}"
         private_directory(partial)
         try:
@@ -177,6 +176,11 @@ class SnapshotStore:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def sweep(self) -> None:
+        """Delete what a process that was killed left of a snapshot that it took. Only with the machine's lock."""
+        for stale in self.directory.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(stale, ignore_errors=True)
 
     def delete(self, name: str) -> None:
         """Raises NotFoundError; InvalidStateError when the next start, or a restore that was cut short, needs it.
