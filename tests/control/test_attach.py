@@ -296,6 +296,22 @@ def test_an_output_that_nobody_reads_ends_it(home: Home, console: ConsoleServer,
     child.stderr.close()
 
 
+def test_an_output_that_takes_no_more_is_told(home: Home, console: ConsoleServer, machine: Any) -> None:
+    machine.print(b"shown")
+    settled(home, b"shown")
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m vmf.cli console vm --linger 1000 </dev/null >/dev/full"],
+        stderr=subprocess.PIPE,
+        timeout=60,
+        env={**os.environ, "VMF_HOME": str(home.data)},
+    )
+    assert done.returncode == 74
+    assert done.stderr.startswith(
+        b"vmf: error: standard output cannot be written: No space left on device; the console"
+    )
+    assert done.stderr.count(b"\n") == 1
+
+
 @pytest.mark.parametrize("redirection", ["<&-", "</dev/null"])
 def test_without_input(home: Home, console: ConsoleServer, machine: Any, redirection: str) -> None:
     machine.print(b"shown")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from vmf.control import client
-from vmf.errors import TeleportBlocked, TeleportCancelled, TeleportError, VmfError
-from vmf.machine import teleporter
+from vmf.errors import MachineError, TeleportBlocked, TeleportCancelled, TeleportError, VmfError
+from vmf.machine import operations, teleporter
 from vmf.machine.config import MachineConfig
 from vmf.machine.machine import Machine
 from vmf.machine.states import MachineState
@@ -208,3 +208,25 @@ def test_a_cancel_and_a_time_limit_end_the_wait_for_a_check(make_plugin: Any, tm
             source.teleport(where.host, where.port)
         assert time.monotonic() - began < 30, "not as long as the check takes"
         assert source.state is MachineState.RUNNING
+
+
+def test_a_start_that_does_not_end_names_the_plugin(
+    make_plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = DEVICE.replace("return [Thing", "import time; time.sleep(4); return [Thing")
+    make_plugin("device", "thing", code, distribution="culprit")
+    monkeypatch.setattr(operations, "CANCEL_SECONDS", 0.1)
+    image = tmp_path / "loop.img"
+    image.write_bytes(LOOP)
+    config = MachineConfig(name="m", memory_mib=4, image=image, cpu_backend="unicorn", devices=("pc", "thing"))
+    with Machine(config, PluginRegistry()) as machine:
+        start = threading.Thread(target=lambda: machine.start(paused=True))
+        start.start()
+        said = ""
+        while start.is_alive() and "culprit" not in said:
+            try:
+                machine.operation.cancel(wait=True)
+            except MachineError as error:
+                said = str(error)
+        start.join()
+    assert "does not end: it waits for the device plugin 'thing' (of culprit 1.0) in its hook vmf_create_device" in said

@@ -135,8 +135,16 @@ def console(name: str, no_scrollback: bool, linger: float, escape: bytes) -> Non
 
 
 def _attach(
-    where: Home, name: str, escape: bytes, *, scrollback: bool, linger: float = 1.0, wakeup: int | None = None
+    where: Home,
+    name: str,
+    escape: bytes,
+    *,
+    scrollback: bool,
+    linger: float = 1.0,
+    wakeup: int | None = None,
+    tell_end: bool = True,
 ) -> None:
+    """Attach and tell how that ended; without `tell_end` not the machine's own end, which the caller tells."""
     from vmf.control.attach import AttachEnd, attach, connect, detach_key_name
 
     stdin = None if sys.stdin is None else sys.stdin.fileno()
@@ -157,7 +165,7 @@ def _attach(
             "poweredoff": f"Machine '{name}' is powered off.",
         }.get(attached.state, "The machine's console has ended.")
     if interactive:
-        click.echo(f"\n{why}", err=True)
+        click.echo(f"\n{why}" if tell_end or attached.end is AttachEnd.DETACHED else "", err=True)
     if attached.undelivered:
         count = f"{attached.undelivered} byte{'s' if attached.undelivered != 1 else ''} typed"
         what = f"{count} were not delivered" if attached.certain else f"Of {count} some may not have been delivered"
@@ -243,7 +251,7 @@ class _Foreground(Observer):
     def _console(self) -> None:
         assert self._escape is not None
         try:
-            _attach(self._home, self._name, self._escape, scrollback=True)
+            _attach(self._home, self._name, self._escape, scrollback=True, tell_end=False)
         except SystemExit:
             pass  # nobody reads standard output; that ends no machine
         except Exception as error:  # noqa: BLE001 - the machine goes on without it

@@ -49,6 +49,13 @@ class AttachEnd(enum.Enum):
     """Whoever read standard output has gone."""
 
 
+class OutputError(ControlError):
+    """Standard output takes no more: a full disk, say."""
+
+    code = "output"
+    exit_status = 74  # EX_IOERR of sysexits.h, as of every command whose output is lost
+
+
 @define
 class Attached:
     """How attaching ended."""
@@ -304,4 +311,9 @@ class _Session:
             pass
         except BrokenPipeError:
             return False
+        except OSError as error:
+            raise OutputError(
+                f"standard output cannot be written: {error.strerror or error}; the console is detached.",
+                "The machine continues. Attach again when the output has room.",
+            ) from error
         return True

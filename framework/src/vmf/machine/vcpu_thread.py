@@ -28,7 +28,7 @@ from vmf.cpu.backend import ExitReason, Vcpu, VmExit
 from vmf.errors import MachineError, VmfError
 from vmf.machine.clock import MachineClock
 from vmf.machine.timers import TimerQueue
-from vmf.plugins.containment import where
+from vmf.plugins.containment import explain, where
 
 log = logging.getLogger(__name__)
 
@@ -259,3 +259,6 @@ class VcpuThread:
                     self._posts.get(timeout=delay / 1e9)()
         except queue.Empty:
             pass
+
+
+explain(VcpuThread.call.__code__, lambda values: values["self"]._thread)

@@ -261,7 +261,8 @@ def guarded(culprit: Culprit, what: str, function: Callable[..., Any]) -> Callab
 
 # -- where is that thread? -----------------------------------------------------------------------------------
 
-Explanation = Callable[[Mapping[str, Any]], "tuple[Culprit, str] | None"]
+Explanation = Callable[[Mapping[str, Any]], "tuple[Culprit, str] | threading.Thread | None"]
+"""Culprit and method; or the thread that does the call while this one waits for it."""
 _explanations: dict[types.CodeType, list[Explanation]] = {}
 
 
@@ -283,6 +284,8 @@ def where(thread: threading.Thread) -> str:
     while frame is not None:
         for explanation in _explanations.get(frame.f_code, ()):
             found = explanation(frame.f_locals)
+            if isinstance(found, threading.Thread):
+                return where(found) if found is not thread else ""
             if found is not None:
                 culprit, method = found
                 return f"the {culprit.plugin} in {culprit.call(method)} (at {place})"
