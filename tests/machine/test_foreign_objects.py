@@ -215,3 +215,29 @@ def test_a_snapshot_s_description_is_whole_or_damaged(home: Home) -> None:
             path.write_text(json.dumps(plain | {key: value}))
             found = ends(lambda: store.get("s"))
             assert isinstance(found, VmfError) or key in ("name", "description") or value == {"0": -5}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "dangling"])
+def test_a_machine_whose_definition_is_out_of_reach_is_still_there(home: Home, kind: str) -> None:
+    path = home.paths("vm").definition
+    if kind == "dangling":
+        path.unlink()
+        path.symlink_to("/nonexistent/vm.toml")
+    else:
+        put(home, "machine.toml", kind)
+    assert home.names() == ["vm"]
+    with pytest.raises(VmfError, match=r"cannot be read|is not there"):
+        home.load("vm")
+    with pytest.raises(VmfError, match="There is a machine 'vm' already"):
+        home.create(MachineConfig(name="vm", memory_mib=16))
+    kept = home.unregister("vm")
+    assert kept is not None
+    assert os.path.lexists(kept / "machine.toml")
+
+
+@pytest.mark.parametrize("state", [[1], "running", "", None, "paused"])
+def test_a_note_of_the_last_run_gives_no_state_in_which_a_run_does_not_end(home: Home, state: Any) -> None:
+    home.record_end("vm", "failed")
+    assert home.resting_state("vm") == "failed"
+    home.record_end("vm", state)
+    assert home.resting_state("vm") == "poweredoff"

@@ -49,6 +49,8 @@ from vmf.machine.tenure import Tenure as Tenure
 from vmf.reading import read_record, read_text
 
 LOCK_SECONDS = 10.0
+ENDS = ("poweredoff", "aborted", "teleported", "failed")
+"""How a run may end."""
 
 
 class Home:
@@ -96,7 +98,11 @@ class Home:
             return []
         except OSError as error:
             raise explained(error, self.data / "machines") from error
-        return sorted(name for name in found if self.paths(name).definition.is_file())
+        return sorted(name for name in found if self._is_defined(name))
+
+    def _is_defined(self, name: str) -> bool:
+        """Whether a definition is there, be it unreadable or a link to a place that is not mounted."""
+        return os.path.lexists(self.paths(name).definition)
 
     def load(self, name: str) -> MachineConfig:
         """Raises NotFoundError, or ConfigError naming file and key. A definition without a UUID gets one."""
@@ -106,6 +112,10 @@ class Home:
             if not identity.uuid_in(path):
                 config = self._identified(path, config)
         except FileNotFoundError:  # at any moment: another command may have unregistered it
+            if path.is_symlink():
+                raise ConfigError(
+                    f"{path} is a link to {os.readlink(path)}, which is not there.", "Mount it, or make the link anew."
+                ) from None
             raise self._not_found(name) from None
         if config.name != name:
             raise ConfigError(
@@ -129,8 +139,7 @@ class Home:
         Returns where the remains of an earlier machine of that name were set aside; None when there were none.
         """
         with self._locked():
-            path = self.paths(config.name).definition
-            if path.exists():
+            if self._is_defined(config.name):
                 raise ConfigError(
                     f"There is a machine '{config.name}' already.",
                     f"Choose another name, or remove it with `vmf unregistervm {config.name} --delete`.",
@@ -290,7 +299,8 @@ class Home:
                 return "teleported"  # its process died just when it was about to end
         if seen.left is not None:
             return "aborted"
-        return str(self.last_run(name).get("state", "poweredoff"))
+        state = self.last_run(name).get("state")
+        return state if state in ENDS else "poweredoff"
 
     @contextmanager
     def own(self, name: str) -> Iterator[MachinePaths]:
@@ -332,7 +342,7 @@ class Home:
     def _taken(self, name: str, action: str = "", *, strict: bool = True) -> Iterator[MachineLock]:
         """The machine's lock; `strict`: not of a copy."""
         paths = self.paths(name)
-        if not paths.definition.exists():
+        if not self._is_defined(name):
             raise self._not_found(name)
         try:
             lock = locks.take(paths.directory, paths.runtime)
@@ -349,7 +359,7 @@ class Home:
         except OSError as error:
             raise explained(error, paths.lock) from error
         seen = lock.sight()
-        if not paths.definition.exists():  # it was unregistered between our looking and our locking
+        if not self._is_defined(name):  # it was unregistered between our looking and our locking
             lock.abandon()
             raise self._not_found(name)
         if seen.elsewhere is not None:
@@ -384,7 +394,7 @@ class Home:
         Raises InvalidStateError when it runs on this host.
         """
         paths = self.paths(name)
-        if not paths.definition.exists():
+        if not self._is_defined(name):
             raise self._not_found(name)
         with self._locked():
             try:
