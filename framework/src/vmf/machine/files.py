@@ -70,7 +70,7 @@ def explained(error: OSError, path: Path) -> HomeError:
             "cannot be written: your quota is used up",
             "Free some space and try again; nothing was changed.",
         ),
-        errno.ENOTDIR: ("cannot be made: something on its path is not a directory", place),
+        errno.ENOTDIR: ("cannot be used: something on its path is not a directory", place),
         errno.EBUSY: ("cannot be replaced: it is a mount point, or in use", "Mount its directory instead of the file."),
         errno.EISDIR: ("is a directory, not a file", "Move it away."),
         errno.EINVAL: (f"cannot be used: {error.strerror or error}", "Move it away."),

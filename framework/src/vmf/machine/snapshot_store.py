@@ -97,11 +97,16 @@ class SnapshotStore:
         return [each.name for each in self.list()]
 
     def list(self) -> list[SnapshotInfo]:
-        """Oldest first. One that cannot be read is among them, as "damaged", with the reason as its description."""
+        """Oldest first. One that cannot be read is among them, as "damaged", with the reason as its description.
+
+        Raises HomeError when the directory cannot be read.
+        """
         try:
             found = [entry for entry in os.listdir(self.directory) if NAME_PATTERN.fullmatch(entry)]
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise explained(error, self.directory) from error
         own = [name for name in found if self._is_own(name)]
         return sorted((self._look(name) for name in own), key=lambda each: (each.taken, each.name))
 
