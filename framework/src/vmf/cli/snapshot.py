@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmf.cli.app import json_option
+from vmf.cli.bar import Bar
 from vmf.cli.common import home, machine_argument, printable, say, size, table
 from vmf.errors import InvalidStateError
 
@@ -35,31 +35,6 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
         return [each for each in _store(name).names() if each.startswith(incomplete)]
     except Exception:  # noqa: BLE001 - completion must not disturb the shell
         return []
-
-
-class _Bar:
-    """Progress on stderr: one line, redrawn, on a terminal; elsewhere a line every few seconds."""
-
-    LINES_S = 5.0
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._shown = 0.0 if self._live else time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        text = f"{printable(what)}: {size(done)} of {size(total)}"
-        if not self._live:
-            if now - self._shown > self.LINES_S:
-                self._shown = now
-                click.echo(text, err=True)
-        elif now - self._shown > 0.1 or done >= total:
-            self._shown = now
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
-
-    def end(self) -> None:
-        if self._live and self._shown:
-            click.echo("\r\x1b[K", nl=False, err=True)
 
 
 @click.group(subcommand_metavar="VERB [OPTIONS]")
@@ -100,7 +75,7 @@ def take(name: str, label: str, description: str, as_json: bool) -> None:
 
     where, store = home(), _store(name)
     store.path(label)
-    bar = _Bar()
+    bar = Bar()
     try:
         if where.process(name) is None:
             from vmf.control.offline import offline
@@ -190,7 +165,7 @@ def restore(name: str, label: str, yes: bool, as_json: bool) -> None:
         )
     if not yes:
         click.confirm(f"What the disks of machine '{name}' hold now is lost. Put it back?", abort=True, err=True)
-    bar = _Bar()
+    bar = Bar()
     try:
         with (
             where.changing(name, "restore a snapshot", "put back") as paths,

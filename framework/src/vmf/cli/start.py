@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from vmf.cli.app import json_option
+from vmf.cli.bar import StartBar
 from vmf.cli.common import Seconds, home, machine_argument, say
 from vmf.cli.password import password_from
 from vmf.control import terminal
@@ -81,7 +82,11 @@ def startvm(
         raise click.UsageError("--detach and --console exclude each other.", click.get_current_context())
     password = password_from("--peer-password", None, peer_password_file)
     if detach:
-        ready = spawn_detached(home(), name, insecure=insecure, peer_password=password)
+        bar = StartBar(home(), name)
+        try:
+            ready = spawn_detached(home(), name, insecure=insecure, peer_password=password)
+        finally:
+            bar.end()
         if as_json:
             say(json.dumps({"name": name, **ready}))
             return
@@ -147,10 +152,10 @@ def _attach(
     """Attach and tell how that ended; without `tell_end` not the machine's own end, which the caller tells."""
     from vmf.control.attach import AttachEnd, attach, connect, detach_key_name
 
-    stdin = None if sys.stdin is None else sys.stdin.fileno()
     if sys.stdout is None:
         raise click.UsageError("standard output is closed: there is nowhere to show the console.")
     connection = connect(where, name, scrollback=scrollback)
+    stdin = None if sys.stdin is None else sys.stdin.fileno()
     interactive = stdin is not None and os.isatty(stdin)
     if interactive:
         click.echo(f"Attached to machine '{name}'; {detach_key_name(escape)} detaches.", err=True)
@@ -183,8 +188,10 @@ class _Foreground(Observer):
         self._as_json = as_json
         self._view: Any = None
         self._attached: threading.Thread | None = None
+        self._bar = StartBar(where, name)
 
     def waiting(self, address: str) -> None:
+        self._bar.end()
         if self._as_json:
             say(json.dumps({"event": "waiting", "address": address}))
         else:
@@ -208,6 +215,7 @@ class _Foreground(Observer):
             show_summary(summary)
 
     def running(self, info: Mapping[str, Any]) -> None:
+        self._bar.end()
         state = "running" if info.get("state") == "running" else str(info.get("state"))
         if self._as_json:
             say(json.dumps({"event": "running", "info": dict(info)}))
@@ -243,6 +251,7 @@ class _Foreground(Observer):
 
     def finish(self) -> None:
         """The process is about to end: give the terminal back."""
+        self._bar.end()
         if self._view is not None:
             self._view.close()
         if self._attached is not None:
