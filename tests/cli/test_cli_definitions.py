@@ -113,7 +113,12 @@ def test_damaged_definition_does_not_spoil_the_list(here: Any, home: Home) -> No
     assert listed["good"]["state"] == "poweredoff"
     assert listed["bad"]["state"] == "invalid"
     assert "memory" in listed["bad"]["error"]
-    assert "invalid" in here("list", "vms").stdout
+    assert listed["bad"]["problem"] == listed["bad"]["error"]
+    heading, row, _ = here("list", "vms").stdout.splitlines()
+    assert row.split()[:2] == ["bad", "invalid"]
+    uuid, problem = heading.index("UUID"), heading.index("PROBLEM")
+    assert row[uuid:problem].strip() == ""
+    assert listed["bad"]["problem"].startswith(row[problem:].strip().rstrip("…"))
 
 
 def test_read_only_home_is_said(here: Any) -> None:

@@ -263,14 +263,16 @@ def _list_machines(where: Home, names: list[str], as_json: bool) -> None:
         try:
             config = where.load(name)
         except VmfError as error:
-            records.append({"name": name, "uuid": "", "state": "invalid", "memory_mib": 0, "error": str(error)})
+            state = "invalid" if where.process(name) is None else ""  # it may run, from a definition that was whole
+            records.append({"name": name, "uuid": "", "state": state, "memory_mib": 0, "error": str(error)})
             continue
         records.append({"name": name, "uuid": config.uuid, "state": "", "memory_mib": config.memory_mib})
     states = _states(where, [record["name"] for record in records if not record["state"]])
     for record in records:
+        live: dict[str, Any] = {}
         if not record["state"]:
             record["state"], live = states[record["name"]]
-            record["problem"] = str(live.get("failure") or live.get("problem") or "")
+        record["problem"] = str(record.get("error") or live.get("failure") or live.get("problem") or "")
     if as_json:
         say(json.dumps(records, indent=2))
         return
@@ -280,8 +282,8 @@ def _list_machines(where: Home, names: list[str], as_json: bool) -> None:
                 record["name"],
                 record["state"],
                 f"{record['memory_mib']} MiB",
-                record.get("error") or record["uuid"],
-                _shortened(record.get("problem", "")),
+                record["uuid"],
+                _shortened(record["problem"]),
             )
             for record in records
         ],

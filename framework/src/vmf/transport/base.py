@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import field, frozen
+from attrs.validators import instance_of
 
 if TYPE_CHECKING:  # the command line imports this room, and NumPy takes a while
     import numpy as np
@@ -22,7 +23,8 @@ ByteRanges: TypeAlias = "npt.NDArray[np.uint64]"
 
 
 def _without_brackets(host: str) -> str:
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    bracketed = isinstance(host, str) and host.startswith("[") and host.endswith("]")
+    return host[1:-1] if bracketed else host
 
 
 @frozen
@@ -30,11 +32,12 @@ class Address:
     """Where to listen or connect: `scheme:host:port`; port 0 listens on a free one.
 
     An IPv6 address may stand in brackets, as it does in URIs and wherever a port follows; `host` is without.
+    Raises TypeError for a host that is no text or a port that is no number.
     """
 
     scheme: str
-    host: str = field(converter=_without_brackets)
-    port: int
+    host: str = field(converter=_without_brackets, validator=instance_of(str))
+    port: int = field(validator=instance_of(int))
     options: Mapping[str, Any] = field(factory=dict)
     """Transport-specific settings (certificates and so on)."""
 
