@@ -37,9 +37,19 @@ def shell() -> MachineConfig:
 @pytest.fixture
 def entry32() -> MachineConfig:
     """A machine with Debian's kernel and the 32-bit program, which prints "entry32 N" some 50 times a second."""
+    return _entry32("100000 20")
+
+
+@pytest.fixture
+def threads32() -> MachineConfig:
+    """The same, with two threads that make 400,000 calls each before the three rounds, and an end."""
+    return _entry32("3 1 400000")
+
+
+def _entry32(arguments: str) -> MachineConfig:
     try:
         program = guests.entry32().require().read_bytes()
-        guest = guests.linux_guest("/bin/entry32 100000 20", {"bin/entry32": program})
+        guest = guests.linux_guest(f"/bin/entry32 {arguments}", {"bin/entry32": program})
     except FileNotFoundError as error:
         pytest.skip(str(error))
     return linux_machine(guest)

@@ -30,6 +30,21 @@ def test_32_bit_programs_without_a_compiler(hosts: tuple[Host, Host], entry32: M
     _run_and_teleport(hosts, evolve(entry32, cpuid=CpuidConfig(vendor=vendor)), 1)
 
 
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_32_bit_threads(hosts: tuple[Host, Host], threads32: MachineConfig, vendor: str) -> None:
+    """Calls through the vDSO without a pause, while the guest's clock ends slices: none is hidden by a stop."""
+    host, _ = hosts
+    host.define(evolve(threads32, cpuid=CpuidConfig(vendor=vendor)))
+    host.start("box")
+    heard = host.wait_for_output("box", b"the command ended with status", 120)
+    with host.client("box") as client:
+        client.power_off()
+    assert b"entry32 threads done" in heard
+    assert b"ended with status 0" in heard
+    assert b"WRONG" not in heard
+    assert b"segfault" not in heard
+
+
 def _run_and_teleport(hosts: tuple[Host, Host], machine: MachineConfig, hops: int) -> None:
     source, target = hosts
     for host in hosts:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vmf.errors import BackendUnavailable
-from vmf_cpu_unicorn import engine, gates, selftest, thunks, tsc
+from vmf_cpu_unicorn import engine, gates, selftest, sure_hooks, thunks, tsc
 from vmf_cpu_unicorn.backend import UnicornBackend
 
 x86_const = pytest.importorskip("unicorn.x86_const")
@@ -19,7 +19,8 @@ x86_const = pytest.importorskip("unicorn.x86_const")
 
 def test_constants_are_those_of_the_binding() -> None:
     assert engine.CPU_MODEL_DENVERTON == x86_const.UC_CPU_X86_DENVERTON
-    assert engine.INSN_CPUID == x86_const.UC_X86_INS_CPUID
+    assert sure_hooks.INSN_CPUID == x86_const.UC_X86_INS_CPUID
+    assert sure_hooks.INSN_SYSENTER == x86_const.UC_X86_INS_SYSENTER
     assert engine.INSN_IN == x86_const.UC_X86_INS_IN
     assert engine.INSN_OUT == x86_const.UC_X86_INS_OUT
     assert engine.INSN_SYSCALL == x86_const.UC_X86_INS_SYSCALL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Callable
 
 import attrs
@@ -18,6 +20,7 @@ from vmf.cpu.state import (
     VcpuState,
 )
 from vmf.errors import PluginError
+from vmf_cpu_unicorn import engine
 from vmf_cpu_unicorn.selftest_guest import CODE, KERNEL_CS, KERNEL_SS, SYSCALL_ENTRY, USER_CS, Bench
 
 STACK_OF_MSR = 0x12340
@@ -170,6 +173,41 @@ def test_a_stop_just_before_does_not_hide_an_instruction(bench: Bench, instructi
         assert after.rip == CODE + len(head) + 3
     else:
         assert after.rip == SYSCALL_ENTRY + 1
+
+
+@pytest.mark.parametrize("instruction", ["sysenter", "cpuid", "syscall"])
+def test_a_stop_at_any_moment_does_not_hide_an_instruction(bench: Bench, instruction: str) -> None:
+    """The request stands all the time, as if another thread repeated it without a pause, and nothing takes it back.
+
+    A program of two threads crashed in its vDSO when the request came between two steps of the engine's own loop.
+    """
+    request = bench.vcpu._engine.handle + stop_request()
+    head = bytes.fromhex("9090 e480 31c0 31c9 90")
+    raw = {"sysenter": SYSENTER, "syscall": SYSCALL, "cpuid": bytes.fromhex("0fa2 f4")}[instruction]
+
+    def read(size: int) -> int:
+        ctypes.memset(request, size, 1)
+        return 0
+
+    bench.port.read = read
+    bench.load(head + raw, with_msrs(bench.state(rax=0, rcx=0)))
+    assert bench.vcpu.run(None).reason is ExitReason.HALTED
+    assert ctypes.string_at(request, 1) == b"\1"
+    assert bench.records() == []
+    after = bench.vcpu.save()
+    if instruction == "cpuid":
+        assert after.registers["rax"] == bench.environment.cpuid.lookup(0, 0).eax
+        assert after.rip == CODE + len(head) + 3
+    else:
+        assert after.rip == SYSCALL_ENTRY + 1
+
+
+def stop_request() -> int:
+    """Where the engine keeps a request to stop, from the code that makes one: mov byte [rdi+disp32],1."""
+    code = ctypes.string_at(engine.load().address["uc_emu_stop"], 64)
+    found = re.search(rb"\xc6\x87(....)\x01", code, re.DOTALL)
+    assert found is not None
+    return int.from_bytes(found[1], "little")
 
 
 @pytest.mark.parametrize("instruction", ["sysenter", "cpuid"])

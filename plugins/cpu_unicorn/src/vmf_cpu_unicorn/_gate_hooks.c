@@ -195,13 +195,6 @@ static void on_syscall(void *uc, void *user)
     ENV64(g, eip) = target - length;
 }
 
-/* A stop may have been taken back to get here (sure_hooks.py): the pacer repeats its own, an error is not to wait. */
-static void stop_again(Gate *g)
-{
-    if (g->error != NULL || atomic_load_explicit(&g->kicked, memory_order_relaxed))
-        engine_stop(g);
-}
-
 static void on_sysenter(void *uc, void *user)
 {
     /* SDM vol. 2, SYSENTER; AMD's processors do not have it in long mode (APM vol. 3). The arithmetic flags are not
@@ -211,7 +204,6 @@ static void on_sysenter(void *uc, void *user)
     bool wide = ENV32(g, hflags) & HF_LMA;
     if (g->c.amd && wide)
         engine_raise(g, VECTOR_UD, 0);
-    stop_again(g);
     uint32_t selector = ENV32(g, sysenter_cs) & 0xfffc;
     if (!selector)
         engine_raise(g, VECTOR_GP, 0);
@@ -257,7 +249,6 @@ static int on_cpuid(void *uc, void *user)
     (void)uc;
     uint32_t leaf = (uint32_t)REG(g, RAX), subleaf = (uint32_t)REG(g, RCX);
     uint64_t answer[4] = {0, 0, 0, 0};
-    stop_again(g);
     /* Row 0xffffffff as subleaf: this leaf has no subleaves. A few dozen rows: linear is quick enough. */
     for (Py_ssize_t i = 0; i < g->cpuid_rows; i++) {
         const CpuidRow *row = &g->cpuid[i];

@@ -34,11 +34,9 @@ HOOK_INSN = 1 << 1
 HOOK_BLOCK = 1 << 3
 HOOK_INSN_INVALID = 1 << 14
 PROT_ALL = 7
-INSN_CPUID = 113
 INSN_IN = 218
 INSN_OUT = 500
 INSN_SYSCALL = 699
-INSN_SYSENTER = 700
 _CTL_WRITE = 1 << 30
 _CTL_USE_EXITS = 4
 _CTL_EXITS = 6
@@ -110,7 +108,7 @@ class Library:
                 _REINSTALL,
             )
         self.address: dict[str, int] = {}
-        for name in (*INTERNALS, *STORE_INTERNALS, *FLOAT_INTERNALS, *corrections.INTERNALS, *sure_hooks.HELPERS):
+        for name in (*INTERNALS, *STORE_INTERNALS, *FLOAT_INTERNALS, *corrections.INTERNALS, *sure_hooks.INTERNALS):
             try:
                 self.address[name] = self._address(f"{name}_x86_64")
             except AttributeError:

@@ -229,7 +229,6 @@ class PythonGate:
 
     def _on_cpuid(self, _uc: int, _user: int) -> int:
         try:
-            self._stop_again()
             regs = self._at.regs
             leaf = regs[0] & 0xFFFF_FFFF
             eax, ebx, ecx, edx = self._cpuid.lookup(leaf, regs[1] & 0xFFFF_FFFF)
@@ -259,15 +258,9 @@ class PythonGate:
                 return i + 2
         return 2
 
-    def _stop_again(self) -> None:
-        """See stop_again in _gate_hooks.c."""
-        if self._error is not None or self._kicked:
-            self._quick.uc_emu_stop(self._handle)
-
     def _on_sysenter(self, _uc: int, _user: int) -> None:
         """SDM vol. 2, SYSENTER; the arithmetic flags are left as they are, see on_sysenter in _gate_hooks.c."""
         try:
-            self._stop_again()
             env = self._at
             wide = env.hflags.value & _HF_LMA
             mask = _U64 if wide else 0xFFFF_FFFF

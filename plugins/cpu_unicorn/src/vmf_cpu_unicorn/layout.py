@@ -12,8 +12,14 @@ import ctypes
 # struct uc_struct
 UC_CPU = 440
 UC_TCG_CONTEXT = 0x300
-UC_STOP_REQUEST = 1389
+UC_INSN_HOOKS = 856
+"""First item (next, hook) of the list of instruction hooks."""
 UC_NO_EXIT_REQUEST = 2034
+
+# struct hook
+HOOK_INSN = 4
+HOOK_CALLBACK = 40
+HOOK_USER = 48
 
 # struct CPUState
 CPU_CFLAGS_NEXT_TB = 24

@@ -33,15 +33,14 @@ from vmf_cpu_unicorn.engine import (
     HOOK_INSN,
     HOOK_INSN_INVALID,
     HOOK_INTR,
-    INSN_CPUID,
     INSN_IN,
     INSN_OUT,
     INSN_SYSCALL,
-    INSN_SYSENTER,
     Engine,
     Library,
     require_room,
 )
+from vmf_cpu_unicorn.sure_hooks import INSN_CPUID, INSN_SYSENTER
 from vmf_cpu_unicorn.tsc import host_tsc
 
 CODE_CACHE_BYTES = 64 << 20

@@ -5,7 +5,8 @@
  * compares the answers, and looks whether the registers that a call must keep are kept. It prints "entry32 N", and
  * "entry32 WRONG what" when something differs.
  *
- * Arguments: rounds, milliseconds between two.
+ * Arguments: rounds, milliseconds between two, and how many calls through the vDSO two threads make at the same time
+ * before the first round ("entry32 threads done"): so many that interrupts hit every instruction of the way.
  */
 typedef unsigned int u32;
 
@@ -19,6 +20,8 @@ struct regs {
     u32 eax, ebx, ecx, edx, esi, edi, ebp;
 };
 
+/* A thread that runs the function whose address is the first word on its stack; negative when there is none. */
+int spawn(u32 flags, u32 *stack);
 /* entry(regs, target): the call through `target`, or INT 0x80 when it is 0. */
 void entry(struct regs *regs, u32 target);
 __asm__(".text\n"
@@ -42,6 +45,17 @@ __asm__(".text\n"
         "  popl %eax\n"
         "  popl %edi; popl %esi; popl %ebx; popl %ebp\n"
         "  ret\n"
+        "spawn:\n"
+        "  pushl %ebx\n"
+        "  movl 8(%esp), %ebx; movl 12(%esp), %ecx\n"
+        "  movl $120, %eax\n" /* clone */
+        "  int $0x80\n"
+        "  testl %eax, %eax\n"
+        "  jz 1f\n"
+        "  popl %ebx\n"
+        "  ret\n"
+        "1: popl %eax\n"
+        "  call *%eax\n"
         ".globl _start\n"
         "_start:\n"
         "  movl %esp, %eax\n"
@@ -118,6 +132,51 @@ static void round_of(u32 way, u32 pid)
         wrong("no such call");
 }
 
+static u32 calls_of_thread, own_pid;
+static volatile u32 threads_at_work;
+
+static void thread(void)
+{
+    struct regs before = {NR_getpid, 0x11111111, 0x22222222, 0x33333333, 0x44444444, 0x55555555, 0x66666666};
+    for (u32 n = 0; n < calls_of_thread; n++) {
+        struct regs after = before;
+        entry(&after, vsyscall);
+        if (after.eax != own_pid || after.ebx != before.ebx || after.ecx != before.ecx || after.edx != before.edx ||
+            after.esi != before.esi || after.edi != before.edi || after.ebp != before.ebp) {
+            wrong("registers of a thread");
+            break;
+        }
+    }
+    __sync_fetch_and_sub(&threads_at_work, 1);
+    call6(0, NR_exit, 0, 0, 0, 0, 0, 0);
+}
+
+static void run_threads(u32 calls)
+{
+    enum { SIZE = 16384, THREADS = 2, FLAGS = 0x50f00 /* VM, FS, FILES, SIGHAND, THREAD, SYSVSEM */ };
+    calls_of_thread = calls;
+    threads_at_work = THREADS;
+    for (u32 n = 0; n < THREADS; n++) {
+        u32 memory = call6(0, NR_mmap2, 0, SIZE, 3, 0x22, (u32)-1, 0);
+        u32 *stack = (u32 *)(memory + SIZE - 20);
+        if (memory > 0xfffff000u) {
+            wrong("mmap2 of a thread");
+            return;
+        }
+        *stack = (u32)thread;
+        if (spawn(FLAGS, stack) < 0) {
+            wrong("clone");
+            return;
+        }
+    }
+    while (threads_at_work) {
+        u32 time[2] = {0, 20000000};
+        if (call6(vsyscall, NR_nanosleep, (u32)time, 0, 0, 0, 0, 0))
+            wrong("nanosleep beside threads");
+    }
+    print("entry32 threads done\n");
+}
+
 static u32 number_of(const char *text)
 {
     u32 value = 0;
@@ -138,7 +197,9 @@ __attribute__((used)) static void begin(u32 *stack)
             vsyscall = vector[1];
     if (!vsyscall)
         wrong("no vDSO");
-    u32 pid = call6(0, NR_getpid, 0, 0, 0, 0, 0, 0);
+    u32 pid = own_pid = call6(0, NR_getpid, 0, 0, 0, 0, 0, 0);
+    if (vsyscall && count > 3)
+        run_threads(number_of((char *)stack[4]));
     for (u32 n = 1; vsyscall && n <= rounds; n++) {
         round_of(vsyscall, pid);
         round_of(0, pid);
