@@ -154,13 +154,16 @@ def returning(seam: type) -> list[str]:
 
 @pytest.mark.parametrize(
     ("seam", "method"),
-    [(seam, method) for seam in (*SEAMS, *MADE_BY) for method in returning(seam)],
+    [
+        (seam, method)
+        for seam in (*SEAMS, *MADE_BY)
+        for method in returning(seam)
+        if f"{seam.__name__}.{method}" not in UNCHECKED
+    ],
     ids=lambda each: getattr(each, "__name__", each),
 )
 def test_whatever_a_method_returns_is_checked(seam: type, method: str) -> None:
     """Each method that gives something back refuses an object that means nothing there."""
-    if f"{seam.__name__}.{method}" in UNCHECKED:
-        pytest.skip(UNCHECKED[f"{seam.__name__}.{method}"])
     stand_in = contained(seam, lambda: NONSENSE["an object"])
     with pytest.raises(ERRORS.get(seam, PluginError), match=r"device plugin 'bad' .*returned object from .*" + method):
         getattr(stand_in, method)()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vmf.cpu.state import GENERAL_REGISTERS, PendingEvents, Segment, VcpuState, fresh_xsave
-from vmf.errors import StateError
+from vmf.errors import PluginError, StateError
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -158,7 +158,7 @@ def test_half_done_input_is_completed_by_save(rig: Any, kit: Any, make_rig: Any)
 
     rig.load(code)
     rig.ports.answer = fail
-    with pytest.raises(RuntimeError):
+    with pytest.raises(PluginError, match="device bug"):
         rig.run()
     assert rig.vcpu.save().rip == kit.CODE_AT + 5
 

@@ -96,7 +96,9 @@ def read_results(disk: Path, directory: Path) -> Outcome | None:
     """Unpack what the lab wrote: its results, and its kernel log as `dmesg`. None when it did not get that far."""
     try:
         with tarfile.open(disk, "r:") as archive:
-            archive.extractall(directory, filter="data")
+            # An argument of extractall from Python 3.11.4 on; Debian 12 has an older one.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(directory)
         started, ended = (directory / "uptime").read_text().split()
         outcome = Outcome(int((directory / "status").read_text()), float(started), float(ended))
     except (tarfile.TarError, FileNotFoundError, ValueError):
