@@ -81,9 +81,9 @@ def test_another_directory_when_the_usual_one_is_gone_for_good(home: Home, machi
 
 
 def test_who_lost_the_lock_is_told_once(home: Home, machine: object) -> None:
-    import fcntl
     import os
 
+    from vmf import record_locks
     from vmf.machine import lock as locks
 
     with home.tenure("vm") as tenure:
@@ -93,7 +93,7 @@ def test_who_lost_the_lock_is_told_once(home: Home, machine: object) -> None:
         path.touch()
         other = os.open(path, os.O_RDWR)
         try:
-            assert locks._lock(other, fcntl.F_WRLCK)
+            assert record_locks.lock(other, locks._BYTE, exclusive=True)
             served.keeper.look()
             served.keeper.look()
             assert served.lost == ["lost"]

@@ -318,11 +318,12 @@ def bench(make_plugin: Any, tmp_path: Path) -> Iterator[Bench]:
     registry = PluginRegistry()
     registry.load("device", "bad")
     does: dict[str, Callable[[], Any]] = sys.modules[discovery.find("device", "bad").target].DOES
+    earlier = set(threading.enumerate())  # of other tests in this process
     with Machine(config, registry) as machine:
         yield Bench(machine, does)
         threads = {thread for thread in threading.enumerate() if thread.name.startswith(("vcpu-m", "vmf-"))}
     assert machine.state is MachineState.POWERED_OFF
-    assert _soon(lambda: not any(thread.is_alive() for thread in threads - _left_behind))
+    assert _soon(lambda: not any(thread.is_alive() for thread in threads - earlier - _left_behind))
 
 
 _left_behind: set[threading.Thread] = set()
