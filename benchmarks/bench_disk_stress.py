@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from common import machine_line, median, table
-from vmf.control.attach import connect
+from vmf.control.reach import CONSOLE_LIVE, reach
 from vmf.machine.config import DriveConfig, MachineConfig
 from vmf.plugins.bridge import PluginRegistry
 from vmf.storage.media import lease_of
@@ -345,7 +345,7 @@ class Run:
             self.refused += 1
 
     def _end(self, host: Host) -> None:
-        with connect(host.home, "box", scrollback=False) as console:
+        with reach(host.home, "box", CONSOLE_LIVE) as console:
 
             def type_until(line: str, text: bytes) -> None:
                 console.sendall(line.encode() + b"\r")
